@@ -1,0 +1,69 @@
+"""Everything that kvbm_jax raises.
+
+One tree under `KvbmError`; each class is also the builtin that fits, so that callers who do not know this
+library catch what they expect. Messages carry the numbers and the remedy. Inside jitted code nothing is raised
+at run time: outcomes are values (`kvbm_jax.types.Status`), and the host boundary turns them into these errors.
+"""
+
+__all__ = [
+    "BlockStateError",
+    "CacheLostError",
+    "ConfigError",
+    "EventDecodeError",
+    "HashingError",
+    "InvariantError",
+    "KvbmError",
+    "LayoutError",
+    "MissingDependencyError",
+    "OutOfBlocksError",
+    "SequenceTooLongError",
+    "TraceError",
+]
+
+
+class KvbmError(Exception):
+    """Base of all errors of this library."""
+
+
+class ConfigError(KvbmError, ValueError):
+    """A configuration key is unknown, of the wrong type, or out of range."""
+
+
+class LayoutError(KvbmError, ValueError):
+    """Shapes, dtypes or sizes do not fit the KV layout."""
+
+
+class HashingError(KvbmError, ValueError):
+    """Tokens, parent or extra keys cannot be hashed with the chosen algorithm."""
+
+
+class OutOfBlocksError(KvbmError, MemoryError):
+    """A request needs more blocks than are free or evictable."""
+
+
+class SequenceTooLongError(KvbmError, ValueError):
+    """A sequence would outgrow its block table, the pool or the model's context."""
+
+
+class BlockStateError(KvbmError, RuntimeError):
+    """A block was used in a state that does not allow it: freed twice, stale handle, not held."""
+
+
+class CacheLostError(KvbmError, RuntimeError):
+    """A step failed after its cache had been donated; the cache is empty again and its prefixes are gone."""
+
+
+class InvariantError(KvbmError, AssertionError):
+    """The pool's bookkeeping breaks a conservation law; the message carries the numbers."""
+
+
+class EventDecodeError(KvbmError, ValueError):
+    """Bytes that are no event of the expected codec."""
+
+
+class TraceError(KvbmError, ValueError):
+    """A trace file cannot be read, or a line of it is not a request."""
+
+
+class MissingDependencyError(KvbmError, ImportError):
+    """An optional package is needed and absent; the message names the extra that brings it."""
