@@ -1,0 +1,58 @@
+"""What holds for every test: CPU unless a GPU run is asked for, strict rank promotion, no deadlines."""
+
+import os
+
+import hypothesis
+import pytest
+
+GPU_SKIPS = pytest.StashKey[list[str]]()
+
+
+def _asks_for_gpu(config: pytest.Config) -> bool:
+    """True for a marker expression that selects tests marked `gpu`: `-m gpu`, `-m "gpu and not long"`."""
+    words = str(config.option.markexpr).replace("(", " ").replace(")", " ").split()
+    return any(word == "gpu" and (i == 0 or words[i - 1] != "not") for i, word in enumerate(words))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if not _asks_for_gpu(config):
+        os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, and for the processes that tests start
+    import jax
+
+    jax.config.update("jax_numpy_rank_promotion", "raise")
+    hypothesis.settings.register_profile("local", deadline=None)
+    hypothesis.settings.register_profile("ci", deadline=None, derandomize=True)
+    hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
+    config.stash[GPU_SKIPS] = []
+
+
+def has_gpu() -> bool:
+    """True if jax, as this run has configured it, drives an NVIDIA GPU."""
+    import jax
+
+    try:
+        return bool(jax.devices("cuda"))
+    except RuntimeError:
+        return False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Notes which tests want hardware; runs before `-m` deselects, so the sentinel can report those too."""
+    config.stash[GPU_SKIPS] = [item.nodeid for item in items if item.get_closest_marker("gpu")]
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not has_gpu():
+        pytest.skip("needs an NVIDIA GPU, and jax finds none")
+
+
+@pytest.fixture(scope="session")
+def tests_wanting_a_gpu(pytestconfig: pytest.Config) -> list[str]:
+    """Node ids of the collected tests marked `gpu`, deselected ones included."""
+    return pytestconfig.stash[GPU_SKIPS]
+
+
+@pytest.fixture(scope="session")
+def gpu_is_here() -> bool:
+    return has_gpu()
