@@ -1,0 +1,315 @@
+"""The configuration of a block manager: one frozen record, checked when it is made.
+
+Values come from four sources, later ones win: the defaults below, a TOML file, the environment (`KVBM_` and
+the key in capitals), and arguments. Every source meets the same parser (`_parse`) and the same range check
+(`_check`), and an error names the source, the key, the value and what is allowed. This module only describes
+a manager; it allocates nothing, and does not ask whether a device or a transport is there.
+
+    key in a file      variable                  argument
+    block_size = 32    KVBM_BLOCK_SIZE=32        KvBlockManagerConfig.load(block_size=32)
+"""
+
+import dataclasses
+import difflib
+import enum
+import functools
+import os
+import pathlib
+import re
+import tomllib
+import typing
+import warnings
+from collections.abc import Mapping
+from typing import Annotated, Any, Self
+
+import numpy as np
+
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.hashing import HashAlgorithm
+
+__all__ = ["CacheDtype", "EventTransport", "KvBlockManagerConfig"]
+
+_PREFIX = "KVBM_"
+_OTHER_VARIABLES = frozenset({"KVBM_TRACES"})  # read elsewhere: the folder of traces for replay
+_MAX_SLOTS = 2**31 - 1  # slots and block ids are int32 on the device
+_INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
+_NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
+_BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
+
+
+class CacheDtype(enum.StrEnum):
+    """Element type of the cache on the device."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+    FLOAT32 = "float32"
+
+
+class EventTransport(enum.StrEnum):
+    """Where a manager publishes its events."""
+
+    INPROC = "inproc"
+    NATS = "nats"
+    ZMQ = "zmq"
+    NONE = "none"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Says:
+    """What stands beside a key's type: a line of help, and its range."""
+
+    help: str
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None  # exclusive lower bound
+
+
+def _user_cache() -> pathlib.Path:
+    base = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return pathlib.Path(base) / "kvbm_jax"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KvBlockManagerConfig:
+    """Everything a `BlockManager` is built from.
+
+    Making one checks it: a wrong type, a value out of range or keys that contradict each other raise
+    `ConfigError`. Sizes that are None are taken from the model or from the memory of the device.
+    """
+
+    block_size: Annotated[int, _Says("tokens per block", 1, _MAX_SLOTS)] = 64
+    num_layers: Annotated[int | None, _Says("layers of the model; unset: its own", 1, _MAX_SLOTS)] = None
+    num_blocks: Annotated[
+        int | None,
+        _Says("blocks on the device; unset: what gpu_memory_fraction leaves room for", 1, _MAX_SLOTS),
+    ] = None
+    num_kv_heads: Annotated[int | None, _Says("key-value heads; unset: the model's", 1, _MAX_SLOTS)] = None
+    head_dim: Annotated[int | None, _Says("elements of a head; unset: the model's", 1, _MAX_SLOTS)] = None
+    dtype: Annotated[CacheDtype, _Says("element type of the cache")] = CacheDtype.BFLOAT16
+    hash_algorithm: Annotated[HashAlgorithm, _Says("how prefixes are hashed; xxh3_64 is Dynamo's")] = (
+        HashAlgorithm.BLAKE3
+    )
+    gpu_memory_fraction: Annotated[
+        float, _Says("part of the free device memory that the cache may take", above=0, high=1)
+    ] = 0.9
+    enable_offload: Annotated[bool, _Says("use tiers below the device")] = False
+    offload_path: Annotated[
+        pathlib.Path, _Says("folder of the disk tier; unset: in this user's cache folder")
+    ] = dataclasses.field(default_factory=_user_cache)
+    host_blocks: Annotated[
+        int, _Says("blocks of the host tier, 0 for none; needs enable_offload", 0, _MAX_SLOTS)
+    ] = 0
+    disk_budget: Annotated[
+        int, _Says("bytes of the disk tier, 0 for none; needs enable_offload", 0, 2**63 - 1)
+    ] = 0
+    events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
+    events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
+    worker_id: Annotated[
+        str, _Says("name of this worker in its events; differs between workers that share a transport")
+    ] = "0"
+
+    def __post_init__(self) -> None:
+        for name, key in _keys().items():
+            object.__setattr__(self, name, _check(name, key, getattr(self, name), "argument"))
+        self._check_together()
+
+    def _check_together(self) -> None:
+        if self.num_blocks is not None and self.num_blocks * self.block_size > _MAX_SLOTS:
+            raise ConfigError(
+                f"num_blocks {self.num_blocks:,} times block_size {self.block_size:,} is "
+                f"{self.num_blocks * self.block_size:,} slots; slots are int32, at most {_MAX_SLOTS:,}"
+            )
+        for name in ("host_blocks", "disk_budget"):
+            if getattr(self, name) and not self.enable_offload:
+                raise ConfigError(
+                    f"{name} = {getattr(self, name)} but enable_offload = false: there is no tier to size; "
+                    f"set enable_offload = true, or leave {name} at 0"
+                )
+        if self.events_url is not None:
+            if self.events not in {EventTransport.NATS, EventTransport.ZMQ}:
+                raise ConfigError(
+                    f"events_url = {self.events_url!r} but events = {self.events}; an address needs "
+                    f"events = nats or zmq"
+                )
+            if "://" not in self.events_url:
+                raise ConfigError(
+                    f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port"
+                )
+        if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
+            raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str] | None = None,
+        env: Mapping[str, str] | None = None,
+        **overrides: Any,
+    ) -> Self:
+        """Gathers a configuration: defaults, then the file, then the environment, then `overrides`.
+
+        Args:
+          path: A TOML file of keys at its top level, or None for no file.
+          env: Environment variables; None for those of this process. An unknown `KVBM_*` one is a warning.
+          **overrides: Values by key.
+
+        Returns:
+          The checked configuration.
+
+        Raises:
+          ConfigError: The file cannot be read, a key of it or of `overrides` is unknown, or a value is not
+            allowed.
+        """
+        values: dict[str, Any] = {}
+        if path is not None:
+            values |= _from_file(pathlib.Path(path))
+        values |= _from_env(os.environ if env is None else env)
+        for name, value in overrides.items():
+            values[name] = _check(name, _key(name, "arguments"), value, "argument")
+        return cls(**values)
+
+    def as_dict(self) -> dict[str, bool | int | float | str | None]:
+        """Returns the values by key, fit for JSON and, unset ones left out, for a TOML file."""
+        return {
+            name: str(value) if isinstance(value, str | pathlib.Path) else value
+            for name, value in ((name, getattr(self, name)) for name in _keys())
+        }
+
+    @staticmethod
+    def json_schema() -> dict[str, Any]:
+        """Returns the JSON Schema (draft 2020-12) of the configuration file."""
+        return {
+            "$schema": "https://json-schema.org/draft/2020-12/schema",
+            "title": "KvBlockManagerConfig",
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {name: _property(key) for name, key in _keys().items()},
+        }
+
+
+@dataclasses.dataclass(frozen=True)
+class _Key:
+    """One key: its type, and what is said beside it."""
+
+    kind: type  # bool, int, float, str, pathlib.Path or a StrEnum
+    optional: bool
+    says: _Says
+    default: object  # dataclasses.MISSING where it depends on the user
+
+    def choices(self) -> list[str]:
+        """Returns the values of an enumeration, nothing for another type."""
+        return list(self.kind) if issubclass(self.kind, enum.StrEnum) else []
+
+    def allowed(self) -> str:
+        """Names the allowed values in words."""
+        if choices := self.choices():
+            return "one of " + ", ".join(choices)
+        names = {bool: "true, false, 1 or 0", int: "an integer", float: "a number", str: "a string"}
+        limits = ((">", self.says.above), (">=", self.says.low), ("<=", self.says.high))
+        bounds = [f"{sign} {limit:,}" for sign, limit in limits if limit is not None]
+        return " ".join([names.get(self.kind, "a path"), " and ".join(bounds)]).strip()
+
+    def holds(self, value: Any) -> bool:
+        """Returns whether a value of the right type is in the key's range."""
+        low, high, above = self.says.low, self.says.high, self.says.above
+        return (
+            (low is None or value >= low)
+            and (high is None or value <= high)
+            and (above is None or value > above)
+        )
+
+
+@functools.cache
+def _keys() -> dict[str, _Key]:
+    """Every key of the configuration, read off its annotations."""
+    hints = typing.get_type_hints(KvBlockManagerConfig, include_extras=True)
+    keys = {}
+    for field in dataclasses.fields(KvBlockManagerConfig):
+        annotated, says = typing.get_args(hints[field.name])
+        kinds = typing.get_args(annotated) or (annotated,)
+        keys[field.name] = _Key(kinds[0], type(None) in kinds, says, field.default)
+    return keys
+
+
+def _key(name: str, source: str) -> _Key:
+    keys = _keys()
+    if name not in keys:
+        raise ConfigError(f"unknown key {name!r} in {source}{_nearest(name, keys)}")
+    return keys[name]
+
+
+def _nearest(name: str, names: Mapping[str, Any]) -> str:
+    found = difflib.get_close_matches(name, names, n=1, cutoff=0.0)
+    return f"; the nearest is {found[0]!r}" if found else ""
+
+
+def _from_file(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"configuration file {path}: {error}") from error
+    return {name: _check(name, _key(name, str(path)), value, str(path)) for name, value in table.items()}
+
+
+def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
+    variables = {_PREFIX + name.upper(): name for name in _keys()}
+    values = {}
+    for variable, text in env.items():
+        if variable in variables:
+            name = variables[variable]
+            key = _keys()[name]
+            values[name] = _check(name, key, _parse(name, key, text, variable), variable)
+        elif variable.startswith(_PREFIX) and variable not in _OTHER_VARIABLES:
+            message = f"unknown environment variable {variable} is ignored{_nearest(variable, variables)}"
+            warnings.warn(message, stacklevel=3)
+    return values
+
+
+def _parse(name: str, key: _Key, text: str, source: str) -> bool | int | float | str:
+    """Reads a value from text, the one place that does. Text that is not wholly a value is an error."""
+    if key.kind is bool and text.lower() in _BOOLEANS:
+        return _BOOLEANS[text.lower()]
+    if key.kind is int and _INTEGER.fullmatch(text):
+        return int(text)
+    if key.kind is float and _NUMBER.fullmatch(text):
+        return float(text)
+    if key.kind not in {bool, int, float} and text:
+        return text
+    raise _refusal(name, key, text, source)
+
+
+def _check(name: str, key: _Key, value: Any, source: str) -> Any:
+    """Checks type and range of a typed value and brings it to the key's own type."""
+    if value is None and key.optional:
+        return None
+    if isinstance(value, np.generic):
+        value = value.item()
+    typed: Any = None
+    if key.kind is bool or isinstance(value, bool):
+        typed = value if key.kind is bool and isinstance(value, bool) else None
+    elif key.kind is float:
+        typed = value if isinstance(value, int | float) else None
+    elif key.kind is pathlib.Path:
+        typed = pathlib.Path(value) if isinstance(value, str | os.PathLike) and os.fspath(value) else None
+    elif issubclass(key.kind, enum.StrEnum):
+        typed = key.kind(value) if value in key.choices() else None
+    elif isinstance(value, key.kind):
+        typed = value
+    if typed is None or not key.holds(typed):
+        raise _refusal(name, key, value, source)
+    return float(typed) if key.kind is float else typed
+
+
+def _refusal(name: str, key: _Key, value: object, source: str) -> ConfigError:
+    return ConfigError(f"{name} = {value!r} (from {source}): allowed is {key.allowed()}")
+
+
+def _property(key: _Key) -> dict[str, Any]:
+    kind = {bool: "boolean", int: "integer", float: "number"}.get(key.kind, "string")
+    schema: dict[str, Any] = {"description": key.says.help, "type": kind}
+    if choices := key.choices():
+        schema["enum"] = [str(choice) for choice in choices]
+    limits = {"minimum": key.says.low, "maximum": key.says.high, "exclusiveMinimum": key.says.above}
+    schema |= {word: limit for word, limit in limits.items() if limit is not None}
+    if key.default is not None and key.default is not dataclasses.MISSING:
+        schema["default"] = str(key.default) if isinstance(key.default, str) else key.default
+    return schema
