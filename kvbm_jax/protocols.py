@@ -1,0 +1,242 @@
+"""The seams of the library: what a tier, an event consumer, a metrics back end and a clock must offer.
+
+Everything that touches disks, networks or time is reached through one of these protocols and injected from
+above, so that the same code runs against the real thing, an in-memory one, or a simulated one that fails on
+purpose. Only shapes of calls stand here, and the small records that cross them: no I/O, no locks, no
+defaults. Nothing has to inherit from a protocol; having the methods is enough.
+
+Axis legend: `n` blocks of one call, `P` bytes of one block.
+"""
+
+import enum
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = [
+    "Tier",
+    "BlockKey",
+    "BlockRecord",
+    "Outcome",
+    "StoreRow",
+    "StoreFuture",
+    "StoreStats",
+    "BlockStore",
+    "EventSink",
+    "MetricsSink",
+    "Clock",
+]
+
+
+class Tier(enum.IntEnum):
+    """Where a block lies; 0 is kept free for "no tier" in arrays of codes."""
+
+    G1 = 1  # device
+    G2 = 2  # pinned host memory
+    G3 = 3  # disk
+    G4 = 4  # remote or object store
+
+    @property
+    def label(self) -> str:
+        """The tier as metrics and command line write it: `g1` to `g4`."""
+        return self.name.lower()
+
+
+class BlockKey(NamedTuple):
+    """Names a block's content in every tier.
+
+    Equal keys hold equal bytes, so a stored block is never changed.
+    """
+
+    sequence_hash: bytes  # 16 bytes: the uint32[4] of `kvbm_jax.hashing`, little-endian
+    group_idx: int = 0  # group of layers, 0 in a plain model
+
+
+@dataclass(frozen=True, slots=True)
+class BlockRecord:
+    """What a store keeps beside a block's bytes, enough to announce the block again after a restart."""
+
+    key: BlockKey
+    parent_hash: bytes | None  # 16 bytes, or None for the first block of a sequence
+    token_ids: tuple[int, ...]
+    lora_name: str | None = None
+
+
+class Outcome(enum.Enum):
+    """What became of one block of a call."""
+
+    OK = "ok"  # put: committed; get: the bytes are in `out`; delete: gone
+    PRESENT = "present"  # put: held before, nothing was written
+    MISS = "miss"  # get, delete: not held
+    REFUSED = "refused"  # put: no room, or too much in flight; nothing was written
+    CORRUPT = "corrupt"  # get: checksum or layout does not match; the store has dropped the block
+    FAILED = "failed"  # the medium failed or took too long
+
+
+class StoreRow(NamedTuple):
+    """Result for one block of a call."""
+
+    outcome: Outcome
+    block_id: int | None = (
+        None  # number of the block within its tier, if the store holds it or held it until now
+    )
+    record: BlockRecord | None = None  # get: what was stored beside the bytes
+    reason: str = ""  # why, for a person; empty where the outcome says it all
+
+
+class StoreFuture[T](Protocol):
+    """The result of a call under way; `concurrent.futures.Future` is one."""
+
+    def done(self) -> bool:
+        """Returns whether the result is there, or the call cancelled."""
+        ...
+
+    def result(self, timeout: float | None = None) -> T:
+        """Waits for the result, `timeout` seconds at most, then `TimeoutError`."""
+        ...
+
+    def cancel(self) -> bool:
+        """Calls the operation off.
+
+        Returns:
+          True if it had not begun: nothing of it has happened or will, and its buffers are the caller's
+            again.
+          False if it is too late: the result comes as if nothing had been asked.
+        """
+        ...
+
+    def cancelled(self) -> bool:
+        """Returns whether `cancel` succeeded."""
+        ...
+
+    def add_done_callback(self, fn: Callable[[Any], object], /) -> None:
+        """Calls `fn(future)` once it is done, at once if it is, on whatever thread finishes it."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoreStats:
+    """A store's size and its doings since it was opened."""
+
+    blocks: int  # held now
+    capacity: int | None  # blocks it can hold, None for no fixed bound
+    pending: int  # calls not done yet
+    puts: int = 0  # blocks written
+    refused: int = 0
+    hits: int = 0
+    misses: int = 0
+    corrupt: int = 0
+    failed: int = 0
+    deletes: int = 0  # blocks taken out
+
+
+class BlockStore(Protocol):
+    """One tier below the device: a map from `BlockKey` to the bytes of one block.
+
+    A store is a shelf, not a policy: it never evicts of itself, and what does not fit is REFUSED. Whoever
+    owns it chooses victims and deletes them. Blocks travel as rows of `uint8[n, P]` in the layout
+    `fully_contiguous`.
+
+    Every call handles a batch and returns at once with a future whose result has one `StoreRow` per key, in
+    order; a key may occur twice. What goes wrong at run time is an `Outcome`, per block; only misuse raises,
+    from the call itself: wrong shapes `LayoutError`, a closed store `BlockStateError`. Until a future is done
+    the buffers passed belong to the store.
+
+    Calls may come from any thread. A put is atomic per block: its bytes can be read from the moment its
+    future resolves OK or PRESENT, as long as nobody deletes it; before that a get may miss, and never sees a
+    part. Persistent stores resolve a put when it would survive a power cut.
+    """
+
+    @property
+    def tier(self) -> Tier:
+        """Where this store stands."""
+        ...
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, `P`."""
+        ...
+
+    def put(
+        self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]
+    ) -> StoreFuture[tuple[StoreRow, ...]]:
+        """Stores blocks. Outcomes: OK, PRESENT, REFUSED, FAILED.
+
+        Args:
+          records: The key of each block and what is kept beside it, `n` of them.
+          blocks: The bytes, `uint8[n, P]`; read only, and only until the future is done.
+        """
+        ...
+
+    def get(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> StoreFuture[tuple[StoreRow, ...]]:
+        """Reads blocks into `out`. Outcomes: OK, MISS, CORRUPT, FAILED.
+
+        Args:
+          keys: The blocks asked for, `n` of them.
+          out: Where row `i` gets the bytes of `keys[i]`, `uint8[n, P]`, writeable. Rows of other outcomes
+            than OK hold anything afterwards.
+        """
+        ...
+
+    def delete(self, keys: Sequence[BlockKey]) -> StoreFuture[tuple[StoreRow, ...]]:
+        """Takes blocks out. Outcomes: OK, MISS, FAILED. Their bytes are not read by gets called later."""
+        ...
+
+    def contains(self, keys: Sequence[BlockKey]) -> tuple[bool, ...]:
+        """Returns at once, from the store's own index, which blocks it holds. A get may still miss."""
+        ...
+
+    def records(self) -> Iterator[tuple[int, BlockRecord]]:
+        """Yields (block_id, record) of every block held when called, in no promised order."""
+        ...
+
+    def stats(self) -> StoreStats:
+        """Returns the store's size and counters."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what has begun, cancels what has not, and lets go of memory and files. Idempotent."""
+        ...
+
+
+class EventSink[BatchT](Protocol):
+    """Takes batches of events: the in-process bus, a transport, a test's list."""
+
+    def publish(self, batch: BatchT, /) -> None:
+        """Takes a batch and returns at once: a sink that cannot keep up drops and counts, it never waits."""
+        ...
+
+    def close(self) -> None:
+        """Ends the stream: what was published is delivered, then consumers see the end. Idempotent."""
+        ...
+
+
+class MetricsSink(Protocol):
+    """Takes measurements under the names that `kvbm_jax.metrics` declares; cheap, and never waits."""
+
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Adds to a counter."""
+        ...
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Sets a gauge."""
+        ...
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Adds one value to a histogram."""
+        ...
+
+
+class Clock(Protocol):
+    """The time. The standard library's `time` module is one; simulations bring their own."""
+
+    def time_ns(self) -> int:
+        """Returns nanoseconds since the Unix epoch, for the timestamps of events."""
+        ...
+
+    def monotonic_ns(self) -> int:
+        """Returns nanoseconds that never go back, for durations and deadlines."""
+        ...
