@@ -1,0 +1,82 @@
+"""Conservation laws of a pool: what must hold after every verb, whatever was asked of it.
+
+`check` gives the numbers as values, usable inside jit; `assert_holds` raises on the host with them. Both cost work in
+proportion to the pool and are meant for tests, debugging and the `inspect` of a snapshot, not for the hot path.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import index as block_index
+from kvbm_jax.errors import InvariantError
+from kvbm_jax.pool import PoolState
+
+__all__ = ["Violations", "assert_holds", "check"]
+
+
+class Violations(NamedTuple):
+    """How many blocks break each law, i32[] each; all are 0 in a sound pool."""
+
+    negative_ref_counts: jax.Array
+    misplaced: jax.Array
+    """Blocks that are not in exactly one of: reset stack, inactive queue, held."""
+    reset_but_registered: jax.Array
+    inactive_but_unregistered: jax.Array
+    index_disagrees: jax.Array
+    """Registered blocks that a lookup of their own key does not find."""
+    stray_ways: jax.Array
+    """Difference between the entries of the index and the registered blocks."""
+    queue_counts_disagree: jax.Array
+    """Groups of the queue whose count differs from their bits, plus a wrong total."""
+    held_by_tables: jax.Array
+    """Blocks whose ref count differs from the given number of holders; 0 if none is given."""
+
+
+def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
+    """Counts the blocks that break each law.
+
+    Args:
+      state: the pool.
+      holders: i32[N], how many table entries name each block, if the caller knows.
+    """
+    num_blocks = state.num_blocks
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32)
+    stacked = jnp.where(blocks < state.num_reset, state.reset_stack, num_blocks)
+    in_reset = jnp.zeros((num_blocks,), jnp.int32).at[stacked].add(1, mode="drop")
+
+    queue = state.inactive
+    bits = (queue.live[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
+    entries = jnp.where(bits.reshape(-1) == 1, queue.ring, num_blocks)
+    in_queue = jnp.zeros((num_blocks,), jnp.int32).at[entries].add(1, mode="drop")
+    held = (state.ref_counts > 0).astype(jnp.int32)
+
+    registered = block_index.is_registered(state.index, blocks)
+    found = block_index.lookup(state.index, state.index.keys)
+    ways = state.index.table.shape[1] // 2
+    entries_in_table = jnp.sum(state.index.table[:, :ways] != num_blocks)
+    group_bits = jnp.sum(bits, axis=(1, 2), dtype=jnp.int32)
+
+    def count(mask: jax.Array) -> jax.Array:
+        return jnp.sum(mask, dtype=jnp.int32)
+
+    return Violations(
+        negative_ref_counts=count(state.ref_counts < 0),
+        misplaced=count(in_reset + in_queue + held != 1),
+        reset_but_registered=count((in_reset > 0) & registered),
+        inactive_but_unregistered=count((in_queue > 0) & ~registered),
+        index_disagrees=count(registered & (found != blocks)),
+        stray_ways=jnp.abs(entries_in_table - jnp.sum(registered)).astype(jnp.int32),
+        queue_counts_disagree=count(group_bits != queue.counts)
+        + (jnp.sum(group_bits) != queue.size).astype(jnp.int32),
+        held_by_tables=jnp.int32(0) if holders is None else count(holders != state.ref_counts),
+    )
+
+
+def assert_holds(state: PoolState, holders: jax.Array | None = None) -> None:
+    """Raises `InvariantError` with the numbers if a law is broken."""
+    broken = {name: int(n) for name, n in check(state, holders)._asdict().items() if int(n)}
+    if broken:
+        listing = ", ".join(f"{name}: {n}" for name, n in broken.items())
+        raise InvariantError(f"the pool of {state.num_blocks} blocks breaks its laws ({listing})")

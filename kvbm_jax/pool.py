@@ -1,0 +1,470 @@
+"""The block pool: which block is free, held, cached or evictable, as an immutable pytree.
+
+A pool knows block ids, not contents. Its life of a block:
+
+                    allocate                     register
+      reset -----------------------> mutable --------------------> registered
+        ^                            (held)    hash -> block          (held)
+        |                              |                            ^       |
+        |          last release,       |                    acquire |       | last release
+        |<-----------------------------+                   (a hit)  |       v
+        |          unregistered                                     inactive
+        |                          allocate, evict, clear               |
+        +---------------------------------------------------------------+
+                              evicted: hash forgotten
+
+"Complete" is a mutable block whose tokens are all written: the sequence that holds it knows that, the pool does not.
+
+Verbs take a state and return a new one and a result. They are not jitted: the owner jits and donates the state. They
+are batch-first: rows of `block_ids[B, M]` are requests, and one call has the effect of its rows in order. The cost of
+a verb depends on the sizes of its arguments, not on `num_blocks`, except where it says so. No verb holds a `while`, a
+`cond` of its own or a host callback.
+
+Order of eviction (the same as vLLM's): reset blocks are granted before any registered one is evicted; among inactive
+blocks the least recently released goes first; of one sequence the last block is released first.
+
+Axes: N blocks, B rows (requests), M blocks of a row, F = B * M.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import index as block_index
+from kvbm_jax import lru
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.types import Status
+
+__all__ = [
+    "AllocateResult",
+    "Evicted",
+    "MatchResult",
+    "PoolState",
+    "PoolStats",
+    "RegisterResult",
+    "acquire",
+    "allocate",
+    "check_generations",
+    "clear",
+    "compact",
+    "evict",
+    "init",
+    "match",
+    "register",
+    "rehash",
+    "release",
+    "release_room",
+    "stats",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PoolState:
+    """Bookkeeping of N blocks; about 64 bytes a block."""
+
+    ref_counts: jax.Array  # i32[N]: holders of each block
+    generations: jax.Array  # u32[N]: how often each block was granted, modulo 2**32
+    reset_stack: jax.Array  # i32[N]: reset blocks, the next to be granted on top
+    num_reset: jax.Array  # i32[]: height of the stack
+    inactive: lru.LruQueue  # registered blocks that nobody holds
+    index: block_index.BlockIndex  # registered blocks by key
+
+    @property
+    def num_blocks(self) -> int:
+        """Static number of blocks."""
+        return self.ref_counts.shape[0]
+
+
+class Evicted(NamedTuple):
+    """Blocks whose contents an allocation took away, in order of eviction."""
+
+    block_ids: jax.Array  # i32[F], padded with N
+    hashes: jax.Array  # u32[F, 4]: the sequence hashes they held
+    groups: jax.Array  # u32[F]: the groups they were registered under
+    count: jax.Array  # i32[]
+
+
+class MatchResult(NamedTuple):
+    """The longest resident prefix of each row."""
+
+    block_ids: jax.Array  # i32[B, M], padded with N after the prefix
+    num_blocks: jax.Array  # i32[B]
+
+
+class AllocateResult(NamedTuple):
+    """Blocks granted to each row, all or none."""
+
+    block_ids: jax.Array  # i32[B, M], padded with N
+    status: jax.Array  # i32[B]
+    evicted: Evicted
+
+
+class RegisterResult(NamedTuple):
+    """What each block is after registration."""
+
+    block_ids: (
+        jax.Array
+    )  # i32[B, M]: the block to use from now on; another one where the hash was held already
+    registered: jax.Array  # bool[B, M]: newly registered by this call
+    status: jax.Array  # i32[B, M]
+
+
+class PoolStats(NamedTuple):
+    """Numbers of blocks by state; they sum to N."""
+
+    reset: jax.Array  # i32[]
+    inactive: jax.Array  # i32[]
+    held: jax.Array  # i32[]
+
+
+def init(num_blocks: int, *, seed: int = 0) -> PoolState:
+    """Returns a pool of reset blocks; block 0 is granted first.
+
+    Args:
+      num_blocks: N, at least 1.
+      seed: of the hash index.
+
+    Raises:
+      LayoutError: if `num_blocks` is not in [1, 2**30].
+    """
+    if not 1 <= num_blocks <= 2**30:
+        raise LayoutError(f"num_blocks is {num_blocks}; a pool has between 1 and {2**30} blocks")
+    return PoolState(
+        ref_counts=jnp.zeros((num_blocks,), jnp.int32),
+        generations=jnp.zeros((num_blocks,), jnp.uint32),
+        reset_stack=jnp.arange(num_blocks - 1, -1, -1, dtype=jnp.int32),
+        num_reset=jnp.int32(num_blocks),
+        inactive=lru.init(num_blocks),
+        index=block_index.init(num_blocks, seed),
+    )
+
+
+def stats(state: PoolState) -> PoolStats:
+    """Counts blocks by state."""
+    held = state.num_blocks - state.num_reset - state.inactive.size
+    return PoolStats(reset=state.num_reset, inactive=state.inactive.size, held=held)
+
+
+def match(
+    state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.Array | int = 0
+) -> MatchResult:
+    """Finds the longest resident prefix of each row; the state does not change.
+
+    Args:
+      state: the pool.
+      hashes: u32[B, M, 4] chained sequence hashes.
+      counts: i32[B], how many of them may match. A server caps this at (prompt tokens - 1) // block_size, since the
+        last token must be computed anyway.
+      group: i32[] group id.
+
+    Returns:
+      The blocks, not held yet: `acquire` them before anything else changes the pool.
+    """
+    _check_hashes(hashes, 3)
+    asked = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+    found = block_index.lookup(state.index, _keys(hashes, group))
+    miss = (found == state.num_blocks) | ~asked
+    length = jnp.min(jnp.where(miss, jnp.arange(hashes.shape[1])[None, :], hashes.shape[1]), axis=1)
+    length = length.astype(jnp.int32)
+    prefix = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
+    return MatchResult(jnp.where(prefix, found, state.num_blocks), length)
+
+
+def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
+    """Adds a holder to registered or held blocks; inactive ones leave the queue.
+
+    Args:
+      state: the pool.
+      block_ids: i32[B, M], padded with N.
+
+    Returns:
+      The pool, and i32[B] status. A row that names an unknown or a reset block gets nothing.
+    """
+    flat = block_ids.reshape(-1)
+    known = (flat >= 0) & (flat < state.num_blocks)
+    padding = flat == state.num_blocks
+    resident = known & (_ref_counts(state, flat) > 0) | block_index.is_registered(state.index, flat)
+    status = _row_status(
+        block_ids.shape, (~known & ~padding, Status.UNKNOWN_BLOCK), (known & ~resident, Status.NOT_RESIDENT)
+    )
+    granted = known & jnp.repeat(status == Status.OK, block_ids.shape[1])
+    return _seal(_hold(state, flat, granted), status)
+
+
+def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[PoolState, AllocateResult]:
+    """Grants blocks to rows in order until the first row that does not fit; that row and all later ones get none.
+
+    Args:
+      state: the pool.
+      counts: i32[B], blocks wanted by each row.
+      max_blocks: static M, the most that a row may want.
+
+    Returns:
+      The pool and the granted blocks, held once each. Reset blocks are granted first, then inactive ones in queue
+      order, which are reported as evicted.
+    """
+    rows = counts.shape[0]
+    valid = (counts >= 0) & (counts <= max_blocks)
+    ends = jnp.cumsum(jnp.where(valid, counts, 0), dtype=jnp.int32)
+    fits = ends <= state.num_reset + state.inactive.size
+    granted = valid & fits
+    total = jnp.max(jnp.where(granted, ends, 0))
+    from_reset = jnp.minimum(total, state.num_reset)
+
+    state, evicted = _evict(state, total - from_reset, max_count=rows * max_blocks)
+    column = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
+    nth = (ends - jnp.where(valid, counts, 0))[:, None] + column
+    mine = granted[:, None] & (column < counts[:, None])
+    stacked = state.reset_stack.at[state.num_reset - 1 - nth].get(mode="clip")
+    taken = evicted.block_ids.at[nth - from_reset].get(mode="clip")
+    blocks = jnp.where(mine, jnp.where(nth < from_reset, stacked, taken), state.num_blocks)
+    state = replace(
+        state,
+        ref_counts=state.ref_counts.at[blocks].set(1, mode="drop"),
+        generations=state.generations.at[blocks].add(1, mode="drop"),
+        num_reset=state.num_reset - from_reset,
+    )
+    status = jnp.where(valid, jnp.where(fits, Status.OK, Status.OUT_OF_BLOCKS), Status.INVALID_COUNT)
+    return _seal(state, AllocateResult(blocks, status.astype(jnp.int32), evicted))
+
+
+def register(
+    state: PoolState, block_ids: jax.Array, hashes: jax.Array, *, group: jax.Array | int = 0
+) -> tuple[PoolState, RegisterResult]:
+    """Makes complete blocks findable by their hash.
+
+    Where another block holds the hash already, that block is canonical: the caller's hold moves to it, and the
+    duplicate is released. The caller goes on with the returned ids. In one call the first of equal hashes wins.
+
+    Args:
+      state: the pool.
+      block_ids: i32[B, M] held blocks, padded with N.
+      hashes: u32[B, M, 4] sequence hashes.
+      group: i32[] group id.
+
+    Returns:
+      The pool, and ids and status of each block. A block that is refused (see its status) stays held, unregistered
+      and unshared; repeating the call is safe.
+    """
+    _check_hashes(hashes, 3)
+    num_blocks = state.num_blocks
+    flat = block_ids.reshape(-1)
+    keys = _keys(hashes, group).reshape(-1, block_index.KEY_WORDS)
+    known = (flat >= 0) & (flat < num_blocks)
+    held = known & (_ref_counts(state, flat) > 0)
+    before = held & block_index.is_registered(state.index, flat)
+    own_key = jnp.all(state.index.keys.at[flat].get(mode="fill", fill_value=0) == keys, axis=1)
+
+    # A block named twice counts once, where it is named first.
+    inactive, once = lru.last_occurrence(state.inactive, flat[::-1], (held & ~before)[::-1])
+    state, once = replace(state, inactive=inactive), once[::-1]
+    owner = block_index.lookup(state.index, keys)
+    # All reads of the index come before its first write; without the barrier XLA copies it.
+    index, owner, own_key, before, once = jax.lax.optimization_barrier(
+        (state.index, owner, own_key, before, once)
+    )
+    new = once & (owner == num_blocks)
+    index, inserted = block_index.insert(index, keys, flat, new)
+    state = replace(state, index=index)
+    owner = jnp.where(new, inserted, owner)
+
+    duplicate = once & (owner < num_blocks) & (owner != flat)
+    state = _hold(state, owner, duplicate)
+    state = replace(
+        state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop")
+    )
+    counts, free = jax.lax.optimization_barrier(
+        (state.ref_counts, duplicate & (_ref_counts(state, flat) == 0))
+    )
+    state = _push_reset(replace(state, ref_counts=counts), flat, free)
+
+    status = jnp.select(
+        [
+            flat == num_blocks,
+            ~known,
+            ~held,
+            before & ~own_key | held & ~before & ~once,
+            once & (owner == num_blocks),
+        ],
+        [
+            jnp.int32(Status.OK),
+            jnp.int32(Status.UNKNOWN_BLOCK),
+            jnp.int32(Status.NOT_HELD),
+            jnp.int32(Status.ALREADY_REGISTERED),
+            jnp.int32(Status.INDEX_FULL),
+        ],
+        jnp.int32(Status.OK),
+    )
+    result = RegisterResult(
+        jnp.where(duplicate, owner, flat).reshape(block_ids.shape),
+        (new & (owner == flat)).reshape(block_ids.shape),
+        status.reshape(block_ids.shape),
+    )
+    return _seal(state, result)
+
+
+def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
+    """Takes one holder from each block: rows in order, within a row the last block first.
+
+    A block without holders becomes inactive if it is registered, else reset.
+
+    Args:
+      state: the pool; at least as many pushes as blocks may become inactive must be left before `compact` is due
+        (`release_room`).
+      block_ids: i32[B, M], padded with N.
+
+    Returns:
+      The pool, and i32[B] status. A block that is released more often than it is held ends without holders, and every
+      row that names it gets NOT_HELD. Without room in the queue nothing happens and every row gets QUEUE_FULL.
+    """
+    num_blocks = state.num_blocks
+    flat = block_ids[:, ::-1].reshape(-1)
+    known = (flat >= 0) & (flat < num_blocks)
+    held = known & (_ref_counts(state, flat) > 0)
+    target = jnp.where(held, flat, num_blocks)
+    counts, target = jax.lax.optimization_barrier((state.ref_counts, target))
+    counts = counts.at[target].add(-1, mode="drop")
+    after = counts.at[target].get(mode="fill", fill_value=1)
+
+    inactive, last = lru.last_occurrence(state.inactive, flat, held & (after <= 0))
+    registered = block_index.is_registered(state.index, flat)
+    fits = jnp.sum(last & registered, dtype=jnp.int32) <= lru.room(inactive)
+    counts, after = jax.lax.optimization_barrier((counts, after))
+    counts = counts.at[target].add(jnp.where(fits, 0, 1), mode="drop")
+    counts = counts.at[jnp.where(fits & (after < 0), target, num_blocks)].set(0, mode="drop")
+    state = replace(state, ref_counts=counts, inactive=lru.push(inactive, flat, fits & last & registered))
+    state = _push_reset(state, flat, fits & last & ~registered)
+
+    shape = block_ids.shape
+    status = _row_status(
+        shape,
+        (~known & (flat != num_blocks), Status.UNKNOWN_BLOCK),
+        (known & (~held | (after < 0)), Status.NOT_HELD),
+    )
+    return _seal(state, jnp.where(fits, status, Status.QUEUE_FULL).astype(jnp.int32))
+
+
+def release_room(state: PoolState) -> jax.Array:
+    """Returns how many blocks may still become inactive before `compact` is due, i32[]; at least N just after it."""
+    return lru.room(state.inactive)
+
+
+def evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
+    """Resets the `count` least recently released inactive blocks, or all if there are fewer.
+
+    Args:
+      state: the pool.
+      count: i32[].
+      max_count: static bound of `count`.
+    """
+    wanted = jnp.clip(count, 0, jnp.minimum(max_count, state.inactive.size)).astype(jnp.int32)
+    state, evicted = _evict(state, wanted, max_count=max_count)
+    return _seal(_push_reset(state, evicted.block_ids, evicted.block_ids < state.num_blocks), evicted)
+
+
+def clear(state: PoolState) -> tuple[PoolState, Evicted]:
+    """Resets every inactive block. Held blocks stay registered. Costs work in proportion to N."""
+    return evict(state, state.inactive.size, max_count=state.num_blocks)
+
+
+def compact(state: PoolState) -> PoolState:
+    """Makes room in the inactive queue for at least N more releases. Costs work in proportion to N."""
+    return replace(state, inactive=lru.compact(state.inactive))
+
+
+def rehash(state: PoolState, seed: jax.Array) -> tuple[PoolState, jax.Array]:
+    """Rebuilds the hash index under another seed, after a registration got INDEX_FULL. Work in proportion to N.
+
+    Returns:
+      The pool, and i32[] the number of keys that did not fit: 0, else try another seed on the former state.
+    """
+    index, left = block_index.rebuild(state.index, seed)
+    return replace(state, index=index), left
+
+
+def check_generations(state: PoolState, block_ids: jax.Array, generations: jax.Array) -> jax.Array:
+    """Tells which handles are current.
+
+    Args:
+      state: the pool.
+      block_ids: i32[...].
+      generations: u32[...], as in `state.generations` when the block was granted.
+
+    Returns:
+      i32[...] status: OK, UNKNOWN_BLOCK, STALE_GENERATION, or NOT_HELD.
+    """
+    known = (block_ids >= 0) & (block_ids < state.num_blocks)
+    current = state.generations.at[block_ids].get(mode="fill", fill_value=0) == generations
+    return jnp.select(
+        [~known, ~current, _ref_counts(state, block_ids) == 0],
+        [
+            jnp.int32(Status.UNKNOWN_BLOCK),
+            jnp.int32(Status.STALE_GENERATION),
+            jnp.int32(Status.NOT_HELD),
+        ],
+        jnp.int32(Status.OK),
+    )
+
+
+def _seal[T](state: PoolState, result: T) -> tuple[PoolState, T]:
+    """Orders all reads of a verb before the writes of the next one; XLA would copy the buffers that both touch."""
+    return jax.lax.optimization_barrier((state, result))
+
+
+def _evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
+    """Takes inactive blocks out of queue and index; the caller gives them a new place."""
+    inactive, blocks = lru.pop(state.inactive, count, max_count=max_count)
+    keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
+    evicted = Evicted(blocks, keys[:, :4], keys[:, 4], count)
+    return replace(state, inactive=inactive, index=block_index.delete(state.index, blocks)), evicted
+
+
+def _hold(state: PoolState, blocks: jax.Array, mask: jax.Array) -> PoolState:
+    """Adds a holder to each masked block of i32[F]; blocks may repeat."""
+    target = jnp.where(mask, blocks, state.num_blocks)
+    idle = mask & (_ref_counts(state, blocks) == 0)
+    counts, idle = jax.lax.optimization_barrier((state.ref_counts, idle))
+    return replace(
+        state,
+        ref_counts=counts.at[target].add(1, mode="drop"),
+        inactive=lru.remove(state.inactive, blocks, idle),
+    )
+
+
+def _push_reset(state: PoolState, blocks: jax.Array, mask: jax.Array) -> PoolState:
+    """Puts distinct masked blocks of i32[F] on the stack in their order."""
+    rank = jnp.cumsum(mask, dtype=jnp.int32)
+    target = jnp.where(mask, state.num_reset + rank - 1, state.num_blocks)
+    return replace(
+        state,
+        reset_stack=state.reset_stack.at[target].set(blocks, mode="drop"),
+        num_reset=state.num_reset + rank[-1],
+    )
+
+
+def _ref_counts(state: PoolState, blocks: jax.Array) -> jax.Array:
+    return state.ref_counts.at[blocks].get(mode="fill", fill_value=0)
+
+
+def _row_status(shape: tuple[int, ...], *faults: tuple[jax.Array, Status]) -> jax.Array:
+    """The first fault that any block of a row has, i32[B]; faults are bool[F] in any order within a row."""
+    status = jnp.zeros((shape[0],), jnp.int32)
+    for fault, code in reversed(faults):
+        status = jnp.where(jnp.any(fault.reshape(shape), axis=1), jnp.int32(code), status)
+    return status
+
+
+def _keys(hashes: jax.Array, group: jax.Array | int) -> jax.Array:
+    """Appends the group to hashes u32[..., 4]."""
+    words = jnp.broadcast_to(jnp.asarray(group, jnp.uint32), (*hashes.shape[:-1], 1))
+    return jnp.concatenate([hashes, words], axis=-1)
+
+
+def _check_hashes(hashes: jax.Array, rank: int) -> None:
+    if hashes.ndim != rank or hashes.shape[-1] != 4 or hashes.dtype != jnp.uint32:
+        raise LayoutError(
+            f"hashes are {hashes.dtype}{list(hashes.shape)}; expected uint32[B, M, 4], the 128 bits of each block"
+        )
