@@ -1,0 +1,143 @@
+"""The library's metrics: their declared names, and the two sinks that need no metrics library.
+
+Every metric stands in the table `METRICS` with its kind, its labels and a line of help; exporters
+(Prometheus, say) build themselves from it. `NullMetrics` is what runs when nobody measures, `InMemoryMetrics`
+serves tests and notebooks. A name that is not declared, or labels other than the declared ones, is an error
+and not a new series.
+"""
+
+import enum
+import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from kvbm_jax.errors import ConfigError
+
+__all__ = ["METRICS", "Metric", "MetricKind", "Histogram", "NullMetrics", "InMemoryMetrics"]
+
+
+class MetricKind(enum.StrEnum):
+    """How a metric moves: a counter up, a gauge to any value, a histogram collects observations."""
+
+    COUNTER = "counter"
+    GAUGE = "gauge"
+    HISTOGRAM = "histogram"
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """Declaration of one metric."""
+
+    name: str
+    kind: MetricKind
+    help: str
+    labels: tuple[str, ...] = ()
+    buckets: tuple[float, ...] = ()  # upper bounds of a histogram's buckets, rising; one more is open above
+
+
+_MICRO = 1e-6
+METRICS: dict[str, Metric] = {
+    metric.name: metric
+    for metric in (
+        Metric("kvbm_blocks_allocated", MetricKind.GAUGE, "blocks held by sequences", ("tier",)),
+        Metric("kvbm_blocks_free", MetricKind.GAUGE, "blocks that an allocation could take", ("tier",)),
+        Metric(
+            "kvbm_allocation_latency_seconds",
+            MetricKind.HISTOGRAM,
+            "time of one allocation call, evictions included",
+            buckets=tuple(_MICRO * bound for bound in (10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6)),
+        ),
+        Metric("kvbm_eviction_count_total", MetricKind.COUNTER, "registered blocks evicted from the device"),
+        Metric("kvbm_prefix_query_tokens_total", MetricKind.COUNTER, "tokens looked up in the prefix index"),
+        Metric("kvbm_prefix_hit_tokens_total", MetricKind.COUNTER, "of these, tokens whose block was resident"),
+        Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
+        Metric("kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber too slow"),
+    )
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """What a histogram has collected."""
+
+    count: int
+    total: float
+    buckets: tuple[tuple[float, int], ...]  # (upper bound, observations at or below it and above the last)
+
+
+class NullMetrics:
+    """Measures nothing."""
+
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Does nothing."""
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Does nothing."""
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Does nothing."""
+
+
+class InMemoryMetrics:
+    """Keeps every series in memory; `snapshot` returns them."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._values: dict[tuple[str, tuple[str, ...]], float] = {}
+        self._counts: dict[tuple[str, tuple[str, ...]], list[int]] = {}
+
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Adds to a counter."""
+        if amount < 0:
+            raise ConfigError(f"{name} is a counter: it cannot go down by {-amount}")
+        key = name, _label_values(name, MetricKind.COUNTER, labels)
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + amount
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Sets a gauge."""
+        key = name, _label_values(name, MetricKind.GAUGE, labels)
+        with self._lock:
+            self._values[key] = value
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Adds one value to a histogram."""
+        key = name, _label_values(name, MetricKind.HISTOGRAM, labels)
+        bounds = METRICS[name].buckets
+        bucket = sum(value > bound for bound in bounds)
+        with self._lock:
+            self._values[key] = self._values.get(key, 0) + value
+            self._counts.setdefault(key, [0] * (len(bounds) + 1))[bucket] += 1
+
+    def snapshot(self) -> dict[str, float | Histogram]:
+        """Returns every series touched so far, named as Prometheus does: `name{label="value"}`."""
+        with self._lock:
+            values, counts = dict(self._values), {key: list(found) for key, found in self._counts.items()}
+        found: dict[str, float | Histogram] = {}
+        for key, value in values.items():
+            name, label_values = key
+            metric = METRICS[name]
+            pairs = ",".join(f'{k}="{v}"' for k, v in zip(metric.labels, label_values, strict=True))
+            series = f"{name}{{{pairs}}}" if pairs else name
+            if metric.kind is MetricKind.HISTOGRAM:
+                bounds = (*metric.buckets, float("inf"))
+                buckets = tuple(zip(bounds, counts[key], strict=True))
+                found[series] = Histogram(sum(counts[key]), value, buckets)
+            else:
+                found[series] = value
+        return found
+
+
+def _label_values(name: str, kind: MetricKind, labels: dict[str, str]) -> tuple[str, ...]:
+    metric = METRICS.get(name)
+    if metric is None:
+        raise ConfigError(f"no metric {name!r} is declared; declared are {_listed(METRICS)}")
+    if metric.kind is not kind:
+        raise ConfigError(f"{name} is a {metric.kind}, used as a {kind}")
+    if labels.keys() != set(metric.labels):
+        raise ConfigError(f"{name} has the labels [{_listed(metric.labels)}]; given are [{_listed(labels)}]")
+    return tuple(labels[label] for label in metric.labels)
+
+
+def _listed(names: Iterable[str]) -> str:
+    return ", ".join(names)
