@@ -83,9 +83,7 @@ def lookup(index: BlockIndex, keys: jax.Array) -> jax.Array:
     return found
 
 
-def insert(
-    index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Array
-) -> tuple[BlockIndex, jax.Array]:
+def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Array) -> tuple[BlockIndex, jax.Array]:
     """Puts keys into the index; of equal keys in one call the first wins.
 
     Rows claim ways in rounds; in a round each set takes one key, the first row that wants it, so the outcome is that

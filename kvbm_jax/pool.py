@@ -105,9 +105,7 @@ class AllocateResult(NamedTuple):
 class RegisterResult(NamedTuple):
     """What each block is after registration."""
 
-    block_ids: (
-        jax.Array
-    )  # i32[B, M]: the block to use from now on; another one where the hash was held already
+    block_ids: jax.Array  # i32[B, M]: the block to use from now on; another one where the hash was held already
     registered: jax.Array  # bool[B, M]: newly registered by this call
     status: jax.Array  # i32[B, M]
 
@@ -148,9 +146,7 @@ def stats(state: PoolState) -> PoolStats:
     return PoolStats(reset=state.num_reset, inactive=state.inactive.size, held=held)
 
 
-def match(
-    state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.Array | int = 0
-) -> MatchResult:
+def match(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.Array | int = 0) -> MatchResult:
     """Finds the longest resident prefix of each row; the state does not change.
 
     Args:
@@ -263,9 +259,7 @@ def register(
     state, once = replace(state, inactive=inactive), once[::-1]
     owner = block_index.lookup(state.index, keys)
     # All reads of the index come before its first write; without the barrier XLA copies it.
-    index, owner, own_key, before, once = jax.lax.optimization_barrier(
-        (state.index, owner, own_key, before, once)
-    )
+    index, owner, own_key, before, once = jax.lax.optimization_barrier((state.index, owner, own_key, before, once))
     new = once & (owner == num_blocks)
     index, inserted = block_index.insert(index, keys, flat, new)
     state = replace(state, index=index)
@@ -276,9 +270,7 @@ def register(
     state = replace(
         state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop")
     )
-    counts, free = jax.lax.optimization_barrier(
-        (state.ref_counts, duplicate & (_ref_counts(state, flat) == 0))
-    )
+    counts, free = jax.lax.optimization_barrier((state.ref_counts, duplicate & (_ref_counts(state, flat) == 0)))
     state = _push_reset(replace(state, ref_counts=counts), flat, free)
 
     status = jnp.select(

@@ -1,0 +1,207 @@
+"""The cache tensors: storing, loading and moving keys and values by slot and by block.
+
+A `KVCache` is a pytree of the arrays that its layout describes. Verbs return a new cache; under a jit that donates the
+old one they work in place, whatever the size of the cache. The pool says which block is whose; nothing here does.
+
+For models that scan over layers, `layer` may be a traced i32[] when the layout is `layer_stacked`; carry the cache
+through the scan as carry, never as xs and ys.
+
+Axes: L layers, N blocks, C components (K, V), T tokens of a block, H kv heads, D head dim, S tokens of a step, M blocks
+of a call.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import kernels
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+__all__ = [
+    "KVCache",
+    "copy_blocks",
+    "gather_blocks",
+    "init",
+    "layer_view",
+    "load_kv",
+    "scatter_blocks",
+    "store_kv",
+]
+
+_DEVICE_KINDS = (LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED)
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class KVCache:
+    """Keys and values of all layers."""
+
+    arrays: tuple[jax.Array, ...]  # L arrays [N, C, T, H, D], or one [L, N, C, T, H, D]
+    layout: KVLayout = field(metadata={"static": True})
+
+
+def init(layout: KVLayout) -> KVCache:
+    """Returns a cache of zeros.
+
+    Raises:
+      LayoutError: if the layout's kind is meant for tiers and transfers, not for a device.
+    """
+    if layout.kind not in _DEVICE_KINDS:
+        raise LayoutError(
+            f"a cache cannot be {layout.kind}; models use {' or '.join(_DEVICE_KINDS)}, other kinds are for tiers"
+        )
+    shape, dtype = layout.array_shape, jnp.dtype(layout.dtype)
+    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in range(layout.num_arrays)), layout)
+
+
+def layer_view(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, int | jax.Array]:
+    """Returns one layer as an array [N', C, T, H, D] and the block number in it where the layer begins.
+
+    A stacked cache is viewed as L * N blocks, so that nothing is copied.
+
+    Raises:
+      LayoutError: if `layer` is out of range, or traced while the layers are separate arrays.
+    """
+    layout = cache.layout
+    if isinstance(layer, int) and not 0 <= layer < layout.num_layers:
+        raise LayoutError(f"layer is {layer}; the cache has layers 0 to {layout.num_layers - 1}")
+    if layout.kind is LayoutKind.LAYER_STACKED:
+        stacked = cache.arrays[0]
+        return stacked.reshape(-1, *stacked.shape[2:]), layer * layout.num_blocks
+    if not isinstance(layer, int):
+        raise LayoutError("layer is traced, but layers are separate arrays: use the layout kind layer_stacked")
+    return cache.arrays[layer], 0
+
+
+def store_kv(
+    cache: KVCache,
+    layer: int | jax.Array,
+    keys: jax.Array,
+    values: jax.Array,
+    slots: jax.Array,
+    *,
+    implementation: kernels.dispatch.Implementation | None = None,
+) -> KVCache:
+    """Writes the keys and values of new tokens. Donate the cache to have it in place.
+
+    Args:
+      cache: the cache.
+      layer: its number.
+      keys: [S, H, D].
+      values: [S, H, D].
+      slots: i32[S], block * block_size + offset, distinct; N * T drops the token.
+      implementation: see `kvbm_jax.kernels`.
+
+    Raises:
+      LayoutError: at trace time, if the shapes do not fit.
+    """
+    array, first = layer_view(cache, layer)
+    data = jnp.stack([keys, values], axis=1)
+    offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
+    stored = kernels.store_kv(array, data, offset_slots, implementation=implementation)
+    return _with_layer(cache, layer, stored)
+
+
+def load_kv(
+    cache: KVCache,
+    layer: int | jax.Array,
+    slots: jax.Array,
+    *,
+    implementation: kernels.dispatch.Implementation | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Reads the keys and values at slots i32[S]; zeros at N * T.
+
+    Returns:
+      Keys and values, [S, H, D] each.
+    """
+    array, first = layer_view(cache, layer)
+    offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
+    data = kernels.load_kv(array, offset_slots, implementation=implementation)
+    return data[:, 0], data[:, 1]
+
+
+def gather_blocks(
+    cache: KVCache,
+    block_ids: jax.Array,
+    *,
+    implementation: kernels.dispatch.Implementation | None = None,
+) -> jax.Array:
+    """Collects blocks i32[M] over all layers as `fully_contiguous` [M, L, C, T, H, D]; zeros at N."""
+    if cache.layout.kind is LayoutKind.LAYER_STACKED:
+        array, _ = layer_view(cache, 0)
+        ids = _in_all_layers(cache.layout, block_ids)
+        blocks = kernels.gather_blocks(array, ids, implementation=implementation)
+        return blocks.reshape(*block_ids.shape, cache.layout.num_layers, *array.shape[1:])
+    parts = [kernels.gather_blocks(a, block_ids, implementation=implementation) for a in cache.arrays]
+    return jnp.stack(parts, axis=1)
+
+
+def scatter_blocks(
+    cache: KVCache,
+    block_ids: jax.Array,
+    blocks: jax.Array,
+    *,
+    implementation: kernels.dispatch.Implementation | None = None,
+) -> KVCache:
+    """Writes `fully_contiguous` blocks [M, L, C, T, H, D] to block_ids i32[M], distinct; N drops a block.
+
+    Raises:
+      LayoutError: at trace time, if the shapes do not fit.
+    """
+    layout = cache.layout
+    if blocks.shape[:2] != (block_ids.shape[0], layout.num_layers):
+        raise LayoutError(
+            f"blocks [M, L, ...] are {list(blocks.shape)}; {block_ids.shape[0]} ids and the cache ask for "
+            f"[{block_ids.shape[0]}, {layout.num_layers}, ...]"
+        )
+    if layout.kind is LayoutKind.LAYER_STACKED:
+        array, _ = layer_view(cache, 0)
+        flat = blocks.reshape(-1, *blocks.shape[2:])
+        ids = _in_all_layers(layout, block_ids)
+        return _with_layer(cache, 0, kernels.scatter_blocks(array, ids, flat, implementation=implementation))
+    arrays = (
+        kernels.scatter_blocks(array, block_ids, blocks[:, layer], implementation=implementation)
+        for layer, array in enumerate(cache.arrays)
+    )
+    return replace(cache, arrays=tuple(arrays))
+
+
+def copy_blocks(
+    cache: KVCache,
+    sources: jax.Array,
+    targets: jax.Array,
+    *,
+    implementation: kernels.dispatch.Implementation | None = None,
+) -> KVCache:
+    """Copies blocks sources i32[M] to targets i32[M], distinct, in all layers; a target N drops the copy."""
+    if cache.layout.kind is LayoutKind.LAYER_STACKED:
+        array, _ = layer_view(cache, 0)
+        sources, targets = (_in_all_layers(cache.layout, ids) for ids in (sources, targets))
+        copied = kernels.copy_blocks(array, sources, targets, implementation=implementation)
+        return _with_layer(cache, 0, copied)
+    arrays = (kernels.copy_blocks(array, sources, targets, implementation=implementation) for array in cache.arrays)
+    return replace(cache, arrays=tuple(arrays))
+
+
+def _in_all_layers(layout: KVLayout, block_ids: jax.Array) -> jax.Array:
+    """Block ids i32[M] of a stacked cache as i32[M * L] in its view of L * N blocks; padding goes past its end."""
+    layers = jnp.arange(layout.num_layers, dtype=jnp.int32)
+    ids = block_ids[:, None] + layers[None, :] * layout.num_blocks
+    valid = (block_ids < layout.num_blocks)[:, None]
+    return jnp.where(valid, ids, layout.num_layers * layout.num_blocks).reshape(-1)
+
+
+def _offset(slots: jax.Array, first: int | jax.Array, padding: int, array: jax.Array) -> jax.Array:
+    """Moves slots to where their layer begins in `array`; padding goes past its end."""
+    if isinstance(first, int) and first == 0 and array.shape[0] * array.shape[2] == padding:
+        return slots
+    return jnp.where(slots < padding, slots + first, array.shape[0] * array.shape[2])
+
+
+def _with_layer(cache: KVCache, layer: int | jax.Array, array: jax.Array) -> KVCache:
+    if cache.layout.kind is LayoutKind.LAYER_STACKED:
+        return replace(cache, arrays=(array.reshape(cache.layout.array_shape),))
+    index = int(layer)
+    return replace(cache, arrays=(*cache.arrays[:index], array, *cache.arrays[index + 1 :]))

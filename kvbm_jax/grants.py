@@ -1,0 +1,121 @@
+"""Reserve, run, commit: allocation inside a compiled loop, without eviction, hashing or callbacks in it.
+
+Before the loop the owner reserves reset blocks, evicting as needed, so that victims can be saved first. Inside,
+`extend` only pops blocks from the grant; an empty grant refuses. Afterwards `commit` registers what was completed,
+with hashes computed on the host from the tokens produced, and gives back what is left. The pool does not enter the
+loop at all.
+
+    state, reserved = reserve(state, count, max_blocks=K)            evicts
+    lax.scan:  sequences, grant, status = extend(sequences, grant, num_tokens)
+    state, sequences, result = commit(state, sequences, grant, ...)  registers, gives back
+
+Axes: K blocks of a grant, B rows of the sequence batch, R rows and M hashes of a commit, G groups.
+"""
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import pool, sequences
+from kvbm_jax.types import Status
+
+__all__ = ["Grant", "ReserveResult", "commit", "extend", "reserve"]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Grant:
+    """Blocks set aside for one compiled loop, held once each."""
+
+    block_ids: jax.Array  # i32[K], padded with N
+    used: jax.Array  # i32[]: how many have been handed out
+    count: jax.Array  # i32[]: how many there are
+
+
+class ReserveResult(NamedTuple):
+    """Outcome of `reserve`."""
+
+    grant: Grant
+    status: jax.Array  # i32[]
+    evicted: pool.Evicted
+
+
+def reserve(state: pool.PoolState, count: jax.Array, *, max_blocks: int) -> tuple[pool.PoolState, ReserveResult]:
+    """Sets `count` blocks aside, all or none.
+
+    Args:
+      state: the pool.
+      count: i32[].
+      max_blocks: static bound K of the count.
+    """
+    state, result = pool.allocate(state, count[None], max_blocks=max_blocks)
+    granted = jnp.where(result.status[0] == Status.OK, count, 0).astype(jnp.int32)
+    grant = Grant(result.block_ids[0], jnp.int32(0), granted)
+    return state, ReserveResult(grant, result.status[0], result.evicted)
+
+
+def extend(
+    running: sequences.SequenceBatch, grant: Grant, num_tokens: jax.Array, *, max_blocks: int = 1
+) -> tuple[sequences.SequenceBatch, Grant, jax.Array]:
+    """Makes room for the next tokens of each row, in row order, until the first row that the grant cannot serve.
+
+    Args:
+      running: the sequences.
+      grant: the blocks set aside.
+      num_tokens: i32[B], new tokens of each row.
+      max_blocks: static bound of the new blocks of a row in one group.
+
+    Returns:
+      Sequences, grant, and i32[B] status (OUT_OF_BLOCKS, TABLE_FULL, INVALID_COUNT); a row without room keeps its
+      length.
+    """
+    groups, batch, width = running.block_tables.shape
+    lengths = running.lengths + num_tokens
+    fresh = sequences.blocks_for(lengths, running.block_size) - running.num_blocks
+    wide = running.num_blocks + fresh <= width
+    valid = wide & (fresh >= 0) & (fresh <= max_blocks)
+    fresh = jnp.where(valid, fresh, 0)
+    ends = jnp.cumsum(groups * fresh, dtype=jnp.int32)
+    fits = grant.used + ends <= grant.count
+    granted = valid & fits
+    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
+    nth = (grant.used + ends - groups * fresh)[:, None, None] + group * fresh[:, None, None]
+    nth = nth + jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
+    blocks = grant.block_ids.at[nth].get(mode="clip")
+    appended = sequences.append(running, blocks, jnp.where(granted, fresh, 0))
+    status = jnp.where(fits, Status.OK, Status.OUT_OF_BLOCKS)
+    status = jnp.where(valid, status, jnp.where(wide, Status.INVALID_COUNT, Status.TABLE_FULL))
+    return (
+        replace(appended, lengths=jnp.where(granted, lengths, running.lengths)),
+        replace(grant, used=grant.used + jnp.max(jnp.where(granted, ends, 0))),
+        status.astype(jnp.int32),
+    )
+
+
+def commit(
+    state: pool.PoolState,
+    running: sequences.SequenceBatch,
+    grant: Grant,
+    rows: jax.Array,
+    hashes: jax.Array,
+    first: jax.Array,
+    counts: jax.Array,
+) -> tuple[pool.PoolState, sequences.SequenceBatch, sequences.RegisterResult]:
+    """Registers the blocks that a loop completed, and gives back what its grant has left.
+
+    Args:
+      state: the pool that the grant was reserved from.
+      running: the sequences after the loop.
+      grant: the grant after the loop; it is spent.
+      rows: i32[R], B for padding.
+      hashes: u32[R, M, 4], sequence hashes of the blocks from `first` on.
+      first: i32[R], index in the table of the first block to register.
+      counts: i32[R], how many blocks.
+    """
+    nth = jnp.arange(grant.block_ids.shape[0], dtype=jnp.int32)
+    left = (nth >= grant.used) & (nth < grant.count)
+    # Released last first, so that the stack of reset blocks is again what it was.
+    state, _ = pool.release(state, jnp.where(left, grant.block_ids, state.num_blocks)[None])
+    return sequences.register(state, running, rows, hashes, first, counts)

@@ -1,0 +1,317 @@
+"""Sequences: a batch of block tables and lengths, as an immutable pytree beside the pool.
+
+A row of the batch is one running request. Its table names, for each group, the blocks that hold its tokens, in order.
+The verbs take the pool and the batch and return both:
+
+    start      match the prompt's prefix, hold it, allocate the rest       (tokens are slots now, not yet written)
+    extend     make room for the next tokens, crossing into new blocks as needed
+    register   make completed blocks findable; duplicates give way to the canonical block
+    release    give everything back, last block first
+
+Groups serve hybrid models: layers of one group share a table, all groups draw on one pool of equal-byte blocks, and a
+prefix hit is what every group can serve. A plain model has one group.
+
+Axes: G groups, B rows of the batch, W blocks of a table, T tokens of a block, N blocks of the pool, R rows of one call,
+M hashes of a row, Q new tokens of a row.
+"""
+
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import pool
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.types import Status
+
+__all__ = [
+    "ExtendResult",
+    "RegisterResult",
+    "SequenceBatch",
+    "StartResult",
+    "append",
+    "blocks_for",
+    "extend",
+    "init",
+    "register",
+    "release",
+    "slots",
+    "start",
+]
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class SequenceBatch:
+    """Tables and lengths of B running sequences."""
+
+    block_tables: jax.Array  # i32[G, B, W], padded with N
+    lengths: jax.Array  # i32[B]: tokens that have a slot
+    num_blocks: jax.Array  # i32[B]: blocks in each table, the same in every group
+    block_size: int = field(metadata={"static": True})  # T
+    pool_blocks: int = field(metadata={"static": True})  # N, which pads tables
+
+
+class StartResult(NamedTuple):
+    """Outcome of `start` for each row of the call."""
+
+    num_cached: jax.Array  # i32[R]: tokens whose keys and values are in the cache already
+    status: jax.Array  # i32[R]
+    evicted: pool.Evicted
+
+
+class ExtendResult(NamedTuple):
+    """Outcome of `extend` for each row of the batch."""
+
+    status: jax.Array  # i32[B]
+    evicted: pool.Evicted
+
+
+class RegisterResult(NamedTuple):
+    """Outcome of `register` for each row of the call."""
+
+    block_ids: jax.Array  # i32[G, R, M]: the blocks that hold the hashes now, padded with N
+    registered: jax.Array  # bool[G, R, M]: newly findable
+    status: jax.Array  # i32[G, R, M]
+
+
+def init(
+    max_sequences: int, max_blocks: int, *, block_size: int, pool_blocks: int, num_groups: int = 1
+) -> SequenceBatch:
+    """Returns a batch of empty rows.
+
+    Args:
+      max_sequences: B.
+      max_blocks: W, which bounds the length of a sequence at W * T tokens.
+      block_size: T.
+      pool_blocks: N of the pool that the batch draws on.
+      num_groups: G.
+
+    Raises:
+      LayoutError: if a size is not positive.
+    """
+    sizes = {
+        "max_sequences": max_sequences,
+        "max_blocks": max_blocks,
+        "block_size": block_size,
+        "pool_blocks": pool_blocks,
+        "num_groups": num_groups,
+    }
+    for name, value in sizes.items():
+        if value < 1:
+            raise LayoutError(f"{name} is {value}; it must be at least 1")
+    return SequenceBatch(
+        block_tables=jnp.full((num_groups, max_sequences, max_blocks), pool_blocks, jnp.int32),
+        lengths=jnp.zeros((max_sequences,), jnp.int32),
+        num_blocks=jnp.zeros((max_sequences,), jnp.int32),
+        block_size=block_size,
+        pool_blocks=pool_blocks,
+    )
+
+
+def blocks_for(tokens: jax.Array, block_size: int) -> jax.Array:
+    """Returns how many blocks hold that many tokens."""
+    return (tokens + block_size - 1) // block_size
+
+
+def start(
+    state: pool.PoolState,
+    sequences: SequenceBatch,
+    rows: jax.Array,
+    hashes: jax.Array,
+    num_hashes: jax.Array,
+    num_tokens: jax.Array,
+) -> tuple[pool.PoolState, SequenceBatch, StartResult]:
+    """Begins sequences: their longest cached prefix is held, the rest of their tokens gets fresh blocks.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      rows: i32[R], distinct empty rows of the batch; B for padding.
+      hashes: u32[R, M, 4], sequence hashes of the prompt's whole blocks, M at most W.
+      num_hashes: i32[R], how many of them may match; cap it at (num_tokens - 1) // T, so that the last token is
+        computed.
+      num_tokens: i32[R], tokens of each prompt; 0 for padding.
+
+    Returns:
+      Pool, batch and result. A row that does not fit stays empty and holds nothing (OUT_OF_BLOCKS, as are all later
+      ones; TABLE_FULL if the table is too narrow).
+    """
+    groups, batch, width = sequences.block_tables.shape
+    count, asked = hashes.shape[:2]
+    if asked > width:
+        raise LayoutError(f"{asked} hashes a row exceed the table's {width} blocks; start fewer or widen the table")
+    needed = blocks_for(num_tokens, sequences.block_size)
+    wide = needed <= width
+    matches = [pool.match(state, hashes, jnp.where(wide, num_hashes, 0), group=group) for group in range(groups)]
+    cached = matches[0].num_blocks
+    for found in matches[1:]:
+        cached = jnp.minimum(cached, found.num_blocks)
+    kept = jnp.arange(asked, dtype=jnp.int32)[None, :] < cached[:, None]
+    prefix = jnp.stack([jnp.where(kept, m.block_ids, state.num_blocks) for m in matches], axis=1)  # [R, G, M]
+    state, _ = pool.acquire(state, prefix.reshape(count, -1))
+
+    fresh = jnp.where(wide, needed - cached, 0)
+    state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width)
+    granted = wide & (grant.status == Status.OK)
+    refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
+    state, _ = pool.release(state, _last_first(refused))
+
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
+    nth = group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
+    picked = jnp.take_along_axis(grant.block_ids, nth.reshape(count, -1), axis=1, mode="clip")
+    table = jnp.pad(prefix, ((0, 0), (0, 0), (0, width - asked)), constant_values=sequences.pool_blocks)
+    table = jnp.where(column < cached[:, None, None], table, picked.reshape(count, groups, width))
+    table = jnp.where(column < needed[:, None, None], table, sequences.pool_blocks)
+
+    target = jnp.where(granted, rows, batch)
+    sequences = replace(
+        sequences,
+        block_tables=sequences.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
+        lengths=sequences.lengths.at[target].set(num_tokens, mode="drop"),
+        num_blocks=sequences.num_blocks.at[target].set(needed, mode="drop"),
+    )
+    status = jnp.where(wide, grant.status, Status.TABLE_FULL).astype(jnp.int32)
+    cached_tokens = jnp.where(granted, cached * sequences.block_size, 0)
+    return state, sequences, StartResult(cached_tokens, status, grant.evicted)
+
+
+def extend(
+    state: pool.PoolState, sequences: SequenceBatch, num_tokens: jax.Array, *, max_blocks: int = 1
+) -> tuple[pool.PoolState, SequenceBatch, ExtendResult]:
+    """Makes room for the next tokens of each row, in row order.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      num_tokens: i32[B], new tokens of each row.
+      max_blocks: static bound of the new blocks of a row in one group.
+
+    Returns:
+      Pool, batch and result; a row that gets no room keeps its length.
+    """
+    groups, batch, width = sequences.block_tables.shape
+    lengths = sequences.lengths + num_tokens
+    needed = blocks_for(lengths, sequences.block_size)
+    wide = needed <= width
+    fresh = jnp.where(wide, needed - sequences.num_blocks, 0)
+    fits = fresh <= max_blocks
+    state, grant = pool.allocate(
+        state, jnp.where(fits, groups * fresh, groups * max_blocks + 1), max_blocks=groups * max_blocks
+    )
+    blocks = jnp.arange(groups, dtype=jnp.int32)[None, :, None] * fresh[:, None, None]
+    blocks = blocks + jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
+    picked = jnp.take_along_axis(grant.block_ids, blocks.reshape(batch, -1), axis=1, mode="clip")
+    granted = wide & (grant.status == Status.OK)
+    sequences = append(sequences, picked.reshape(batch, groups, max_blocks), jnp.where(granted, fresh, 0))
+    status = jnp.where(wide, grant.status, Status.TABLE_FULL).astype(jnp.int32)
+    sequences = replace(sequences, lengths=jnp.where(granted, lengths, sequences.lengths))
+    return state, sequences, ExtendResult(status, grant.evicted)
+
+
+def append(sequences: SequenceBatch, blocks: jax.Array, counts: jax.Array) -> SequenceBatch:
+    """Appends blocks to the tables; lengths stay.
+
+    Args:
+      sequences: the batch.
+      blocks: i32[B, G, K].
+      counts: i32[B], how many of a row's K blocks are appended in each group.
+    """
+    groups, batch, width = sequences.block_tables.shape
+    column = jnp.arange(blocks.shape[2], dtype=jnp.int32)[None, :]
+    place = jnp.where(column < counts[:, None], sequences.num_blocks[:, None] + column, width)
+    row = jnp.arange(batch, dtype=jnp.int32)[None, :, None]
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    return replace(
+        sequences,
+        block_tables=sequences.block_tables.at[group, row, place[None]].set(blocks.transpose(1, 0, 2), mode="drop"),
+        num_blocks=sequences.num_blocks + counts,
+    )
+
+
+def register(
+    state: pool.PoolState,
+    sequences: SequenceBatch,
+    rows: jax.Array,
+    hashes: jax.Array,
+    first: jax.Array,
+    counts: jax.Array,
+) -> tuple[pool.PoolState, SequenceBatch, RegisterResult]:
+    """Makes completed blocks of rows findable, in every group.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      rows: i32[R], B for padding.
+      hashes: u32[R, M, 4], sequence hashes of the blocks from `first` on.
+      first: i32[R], index in the table of the first block to register.
+      counts: i32[R], how many blocks.
+
+    Returns:
+      Pool, batch (tables name the canonical blocks) and result.
+    """
+    groups, batch, width = sequences.block_tables.shape
+    column = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :]
+    place = jnp.where((column < counts[:, None]) & (rows < batch)[:, None], first[:, None] + column, width)
+    results = []
+    tables = sequences.block_tables
+    for group in range(groups):
+        ids = tables.at[group, rows[:, None], place].get(mode="fill", fill_value=sequences.pool_blocks)
+        state, result = pool.register(state, ids, hashes, group=group)
+        tables, block_ids = jax.lax.optimization_barrier((tables, result.block_ids))
+        tables = tables.at[group, rows[:, None], place].set(block_ids, mode="drop")
+        results.append(result)
+    stacked = RegisterResult(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
+    return state, replace(sequences, block_tables=tables), stacked
+
+
+def release(
+    state: pool.PoolState, sequences: SequenceBatch, rows: jax.Array
+) -> tuple[pool.PoolState, SequenceBatch, jax.Array]:
+    """Ends sequences: their blocks lose a holder, last block first, rows in order.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      rows: i32[R], distinct; B for padding.
+
+    Returns:
+      Pool, batch with the rows empty, and i32[R] status (QUEUE_FULL: nothing was released; compact the pool and call
+      again).
+    """
+    batch = sequences.block_tables.shape[1]
+    tables = sequences.block_tables.at[:, rows].get(mode="fill", fill_value=sequences.pool_blocks)
+    state, status = pool.release(state, _last_first(tables.transpose(1, 0, 2)))
+    done = jnp.where(status == Status.QUEUE_FULL, batch, rows)
+    old, done = jax.lax.optimization_barrier((sequences.block_tables, done))
+    sequences = replace(
+        sequences,
+        block_tables=old.at[:, done].set(sequences.pool_blocks, mode="drop"),
+        lengths=sequences.lengths.at[done].set(0, mode="drop"),
+        num_blocks=sequences.num_blocks.at[done].set(0, mode="drop"),
+    )
+    return state, sequences, status
+
+
+def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> jax.Array:
+    """Finds the slots of tokens.
+
+    Args:
+      sequences: the batch.
+      rows: i32[S], row of each token; B for padding.
+      positions: i32[S], position of each token in its sequence.
+
+    Returns:
+      i32[G, S]: block * T + offset; N * T for padding and for positions without a block.
+    """
+    size = sequences.block_size
+    blocks = sequences.block_tables.at[:, rows, positions // size].get(mode="fill", fill_value=sequences.pool_blocks)
+    padding = sequences.pool_blocks * size
+    return jnp.where(blocks < sequences.pool_blocks, blocks * size + (positions % size)[None, :], padding)
+
+
+def _last_first(tables: jax.Array) -> jax.Array:
+    """Lays tables i32[R, G, W] out as rows i32[R, W * G], so that releasing them ends all groups tail by tail."""
+    return tables.transpose(0, 2, 1).reshape(tables.shape[0], -1)
