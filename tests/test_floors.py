@@ -26,6 +26,7 @@ FLOORS = {
         "lru",
         "index",
         "sequences",
+        "grants",
         "policies",
         "invariants",
     ],

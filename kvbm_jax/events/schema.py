@@ -170,14 +170,14 @@ class KvEventBatch:
         if blocks.ndim != 1:
             raise LayoutError(f"block_ids must be one-dimensional; they have shape {list(blocks.shape)}")
         count = len(blocks)
-        kinds = [event_type] * count if isinstance(event_type, EventType) else event_type
+        codes = event_type.code if isinstance(event_type, EventType) else [kind.code for kind in event_type]
         offsets, tokens = _ragged(token_ids, count)
         return cls(
             worker_id=worker_id,
             block_size=block_size,
             dp_rank=dp_rank,
-            event_types=np.array([kind.code for kind in kinds], np.uint8),
-            event_ids=_column("event_ids", range(first_event_id, first_event_id + count), np.uint64, count),
+            event_types=_column("event_types", codes, np.uint8, count),
+            event_ids=np.arange(first_event_id, first_event_id + count, dtype=np.uint64),
             timestamps=_column("timestamps", timestamp, np.uint64, count),
             block_ids=blocks,
             tiers=np.full(count, tier or 0, np.uint8),

@@ -128,7 +128,7 @@ def test_an_empty_batch_is_one_too():
         ({"token_ids": [[1], [-1]]}, "token_ids must be in"),
         ({"group_idx": [1, 2, 3]}, r"group_idx has shape \[3\] for 2 events"),
         ({"lora_names": ["a"]}, "lora_names has 1 entries for 2 events"),
-        ({"event_type": [EventType.CREATED]}, r"event_types|event_ids"),
+        ({"event_type": [EventType.CREATED]}, r"event_types has shape \[1\] for 2 events"),
     ],
 )
 def test_columns_that_do_not_fit(kwargs, message):
