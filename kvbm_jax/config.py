@@ -93,15 +93,11 @@ class KvBlockManagerConfig:
         float, _Says("part of the free device memory that the cache may take", above=0, high=1)
     ] = 0.9
     enable_offload: Annotated[bool, _Says("use tiers below the device")] = False
-    offload_path: Annotated[
-        pathlib.Path, _Says("folder of the disk tier; unset: in this user's cache folder")
-    ] = dataclasses.field(default_factory=_user_cache)
-    host_blocks: Annotated[
-        int, _Says("blocks of the host tier, 0 for none; needs enable_offload", 0, _MAX_SLOTS)
-    ] = 0
-    disk_budget: Annotated[
-        int, _Says("bytes of the disk tier, 0 for none; needs enable_offload", 0, 2**63 - 1)
-    ] = 0
+    offload_path: Annotated[pathlib.Path, _Says("folder of the disk tier; unset: in this user's cache folder")] = (
+        dataclasses.field(default_factory=_user_cache)
+    )
+    host_blocks: Annotated[int, _Says("blocks of the host tier, 0 for none; needs enable_offload", 0, _MAX_SLOTS)] = 0
+    disk_budget: Annotated[int, _Says("bytes of the disk tier, 0 for none; needs enable_offload", 0, 2**63 - 1)] = 0
     events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
     worker_id: Annotated[
@@ -132,9 +128,7 @@ class KvBlockManagerConfig:
                     f"events = nats or zmq"
                 )
             if "://" not in self.events_url:
-                raise ConfigError(
-                    f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port"
-                )
+                raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
         if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
             raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")
 
@@ -211,11 +205,7 @@ class _Key:
     def holds(self, value: Any) -> bool:
         """Returns whether a value of the right type is in the key's range."""
         low, high, above = self.says.low, self.says.high, self.says.above
-        return (
-            (low is None or value >= low)
-            and (high is None or value <= high)
-            and (above is None or value > above)
-        )
+        return (low is None or value >= low) and (high is None or value <= high) and (above is None or value > above)
 
 
 @functools.cache

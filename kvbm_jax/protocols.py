@@ -80,9 +80,7 @@ class StoreRow(NamedTuple):
     """Result for one block of a call."""
 
     outcome: Outcome
-    block_id: int | None = (
-        None  # number of the block within its tier, if the store holds it or held it until now
-    )
+    block_id: int | None = None  # number of the block within its tier, if the store holds it or held it until now
     record: BlockRecord | None = None  # get: what was stored beside the bytes
     reason: str = ""  # why, for a person; empty where the outcome says it all
 
@@ -160,9 +158,7 @@ class BlockStore(Protocol):
         """Bytes of one block, `P`."""
         ...
 
-    def put(
-        self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]
-    ) -> StoreFuture[tuple[StoreRow, ...]]:
+    def put(self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]) -> StoreFuture[tuple[StoreRow, ...]]:
         """Stores blocks. Outcomes: OK, PRESENT, REFUSED, FAILED.
 
         Args:

@@ -161,9 +161,7 @@ def test_numpy_scalars_are_numbers():
 
 
 def test_unknown_keys_are_errors_that_name_the_nearest(tmp_path):
-    with pytest.raises(
-        ConfigError, match=r"unknown key 'blok_size' in arguments; the nearest is 'block_size'"
-    ):
+    with pytest.raises(ConfigError, match=r"unknown key 'blok_size' in arguments; the nearest is 'block_size'"):
         load(blok_size=3)
     with pytest.raises(ConfigError, match=r"unknown key 'host_block' in .*kvbm.toml; .*'host_blocks'"):
         load("host_block = 3", None, tmp_path)
@@ -172,9 +170,7 @@ def test_unknown_keys_are_errors_that_name_the_nearest(tmp_path):
 
 
 def test_an_unknown_variable_is_one_warning_with_the_nearest_name():
-    with pytest.warns(
-        UserWarning, match="KVBM_BLOCKSIZE is ignored; the nearest is 'KVBM_BLOCK_SIZE'"
-    ) as seen:
+    with pytest.warns(UserWarning, match="KVBM_BLOCKSIZE is ignored; the nearest is 'KVBM_BLOCK_SIZE'") as seen:
         load(env={"KVBM_BLOCKSIZE": "3", "KVBM_TRACES": "/traces", "HOME": "/"})
     assert len(seen) == 1
     assert seen[0].filename == __file__
