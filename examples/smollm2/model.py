@@ -163,9 +163,7 @@ class Llama(nnx.Module):
         self.embedding = nnx.Param(embedding)  # shape=(V, E), dtype=float
         self.blocks = nnx.List(blocks)
         self.norm = norm
-        self.head = (
-            None if head is None else nnx.Param(head)
-        )  # shape=(E, V), dtype=float; None: the embedding
+        self.head = None if head is None else nnx.Param(head)  # shape=(E, V), dtype=float; None: the embedding
         self.config = config
 
     def __call__(
@@ -191,15 +189,11 @@ class Llama(nnx.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Hidden states float[..., E] → logits float32[..., V]; costly, so apply it to last tokens only."""
         if self.head is None:
-            return jnp.einsum(
-                "...e,ve->...v", hidden, self.embedding[...], preferred_element_type=jnp.float32
-            )
+            return jnp.einsum("...e,ve->...v", hidden, self.embedding[...], preferred_element_type=jnp.float32)
         return jnp.einsum("...e,ev->...v", hidden, self.head[...], preferred_element_type=jnp.float32)
 
 
-def build_model(
-    config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: DTypeLike = jnp.float32
-) -> Llama:
+def build_model(config: ModelConfig, weights: Mapping[str, np.ndarray], dtype: DTypeLike = jnp.float32) -> Llama:
     """Assemble the modules from weights as `load_weights` returns them; nothing is initialised first.
 
     On CPU the model may share the arrays' memory: do not write to them afterwards.

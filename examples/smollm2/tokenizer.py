@@ -51,36 +51,28 @@ class Tokenizer:
         Raises:
             ConfigError: The file has another kind of tokenizer, or lacks a key of this one.
         """
-
-        def get(key: str):
-            if key not in file.metadata:
-                raise ConfigError(f"{file.path}: the metadata has no key {key!r}")
-            return file.metadata[key]
-
-        kind = (get("tokenizer.ggml.model"), get("tokenizer.ggml.pre"))
+        kind = (file.get("tokenizer.ggml.model"), file.get("tokenizer.ggml.pre"))
         if kind != ("gpt2", "smollm"):
-            raise ConfigError(
-                f"{file.path}: tokenizer and pre-tokenizer are {kind}, supported is ('gpt2', 'smollm')"
-            )
-        self._tokens: list[str] = get("tokenizer.ggml.tokens")
-        kinds = get("tokenizer.ggml.token_type")
+            raise ConfigError(f"{file.path}: tokenizer and pre-tokenizer are {kind}, supported is ('gpt2', 'smollm')")
+        self._tokens: list[str] = file.get("tokenizer.ggml.tokens")
+        kinds = file.get("tokenizer.ggml.token_type")
         specials = {t: i for i, t in enumerate(self._tokens) if kinds[i] == gguf.TokenType.CONTROL}
         self._specials = specials
         self._special_pattern = re.compile(f"({'|'.join(map(re.escape, specials))})")
         self._special_starts = re.compile(f"([{''.join(re.escape(token[0]) for token in specials)}])")
         self.special_ids = frozenset(specials.values())
-        self.bos_id: int = get("tokenizer.ggml.bos_token_id")
-        self.eos_id: int = get("tokenizer.ggml.eos_token_id")
-        self.add_bos: bool = get("tokenizer.ggml.add_bos_token")
+        self.bos_id: int = file.get("tokenizer.ggml.bos_token_id")
+        self.eos_id: int = file.get("tokenizer.ggml.eos_token_id")
+        self.add_bos: bool = file.get("tokenizer.ggml.add_bos_token")
 
         # Special tokens are not registered with the BPE, which therefore can never produce one from text.
-        merges = [tuple(merge.split(" ")) for merge in get("tokenizer.ggml.merges")]
+        merges = [tuple(merge.split(" ")) for merge in file.get("tokenizer.ggml.merges")]
         self._bpe = tokenizers.Tokenizer(models.BPE({t: i for i, t in enumerate(self._tokens)}, merges))
         self._bpe.pre_tokenizer = pre_tokenizers.Sequence(
             [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
         )
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        self._template = environment.from_string(get("tokenizer.chat_template"))
+        self._template = environment.from_string(file.get("tokenizer.chat_template"))
 
     @property
     def vocab_size(self) -> int:
@@ -88,7 +80,11 @@ class Tokenizer:
         return len(self._tokens)
 
     def encode(self, text: str) -> list[int]:
-        """Text as token ids; no special token comes out of it, save `bos_id` in front if `add_bos`."""
+        """Text as token ids; no special token comes out of it, save `bos_id` in front if `add_bos`.
+
+        Bytes that the vocabulary lacks are left out: those of six control characters, and the first byte of
+        the unassigned planes 4 to 11.
+        """
         return [self.bos_id] * self.add_bos + self._encode_plain(text)
 
     def _encode_plain(self, text: str) -> list[int]:
@@ -137,9 +133,7 @@ class Tokenizer:
 
     def _guard(self, text: str) -> str:
         if _GUARD in text:
-            raise ConfigError(
-                f"a message holds a lone surrogate at {text.index(_GUARD)}: that is no Unicode text"
-            )
+            raise ConfigError(f"a message holds a lone surrogate at {text.index(_GUARD)}: that is no Unicode text")
         return self._special_starts.sub(rf"\1{_GUARD}", text)
 
 

