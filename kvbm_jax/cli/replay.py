@@ -1,0 +1,44 @@
+"""`kvbm-jax replay`: how much of a trace a pool of a given size would have found in its cache."""
+
+import argparse
+from pathlib import Path
+
+from kvbm_jax.cli.report import Report, table
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "replay traces against the pool and count what its cache would have found"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the command's arguments."""
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, replayed in order as one")
+    parser.add_argument("--num-blocks", type=_positive, required=True, metavar="N", help="blocks of the pool")
+    parser.add_argument("--limit", type=_positive, metavar="R", help="stop after this many requests")
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Replays the traces."""
+    from kvbm_jax.replay import replay  # noqa: PLC0415 (it compiles; `--help` need not)
+
+    data = replay(args.traces, args.num_blocks, limit=args.limit).as_dict()
+    rows = []
+    for name, value in data.items():
+        words = name.replace("_", " ")
+        if isinstance(value, dict):
+            rows += [(f"{words} {part}", f"{count:,}") for part, count in value.items()]
+        else:
+            rows.append((words, _number(name, value)))
+    return Report(data, table(rows))
+
+
+def _number(name: str, value: object) -> str:
+    if not isinstance(value, float):
+        return f"{value:,}"
+    return f"{value:.1%}" if name.endswith("_rate") else f"{value:,.3f}"
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer >= 1")
+    return int(text)

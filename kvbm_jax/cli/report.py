@@ -1,0 +1,28 @@
+"""What a command hands back to be printed."""
+
+import dataclasses
+import json
+from collections.abc import Iterable
+from typing import Any
+
+__all__ = ["Report", "table"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """A command's result: the object for `--json`, the text for people, and the exit status."""
+
+    data: dict[str, Any]
+    text: str
+    status: int = 0
+
+    def json(self) -> str:
+        """The object on one line."""
+        return json.dumps(self.data)
+
+
+def table(rows: Iterable[tuple[str, object]]) -> str:
+    """Lays out pairs as two columns."""
+    pairs = [(name, str(value)) for name, value in rows]
+    width = max((len(name) for name, _ in pairs), default=0)
+    return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in pairs)
