@@ -24,7 +24,9 @@ FLOORS = {
         "layout",
         "pool",
         "lru",
+        "ordering",
         "index",
+        "ordering",
         "sequences",
         "grants",
         "policies",
@@ -33,7 +35,7 @@ FLOORS = {
     1: ["kernels", "cache", "attention", "step"],
     2: ["hashing", "config", "events", "metrics"],
     3: ["offload", "transfer"],
-    4: ["bookkeeper", "manager", "connector", "snapshot", "controller", "replay", "traces"],
+    4: ["bookkeeper", "handles", "manager", "connector", "snapshot", "controller", "replay", "traces"],
     5: ["cli", "flax", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
