@@ -24,7 +24,6 @@ FLOORS = {
         "layout",
         "pool",
         "lru",
-        "ordering",
         "index",
         "ordering",
         "sequences",
