@@ -15,7 +15,7 @@ pytestmark = pytest.mark.core
 PACKAGE = pathlib.Path(kvbm_jax.__file__).parent
 FACADE = ""
 
-# Module name within the package, longest match wins: a package stands for all files in it.
+# First part of a module's name within the package: a package stands for all files in it.
 FLOORS = {
     0: [
         "errors",
