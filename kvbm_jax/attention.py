@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from kvbm_jax import cache as kv_cache
 from kvbm_jax import kernels, sequences
 
-__all__ = ["AttentionBatch", "attend", "paged_attention", "step_batch"]
+__all__ = ["AttentionBatch", "attend", "decode_batch", "paged_attention", "step_batch"]
 
 
 @jax.tree_util.register_dataclass
@@ -73,6 +73,28 @@ def step_batch(
         context_lens=jnp.where(counts > 0, first + counts, 0),
         query_starts=starts,
         max_query_len=max_query_len,
+    )
+
+
+def decode_batch(running: sequences.SequenceBatch, active: jax.Array) -> AttentionBatch:
+    """Describes a decode step: one token for each row of `running`, the newest that has a slot.
+
+    Args:
+      running: the sequences, extended by the token of this step.
+      active: bool[B], rows that take part; the token of another row is stored nowhere and attends to nothing.
+
+    Returns:
+      The batch; token b of the step belongs to row b.
+    """
+    rows = jnp.arange(active.shape[0], dtype=jnp.int32)
+    positions = jnp.where(active, running.lengths - 1, 0)
+    return AttentionBatch(
+        positions=positions,
+        slots=sequences.slots(running, jnp.where(active, rows, active.shape[0]), positions),
+        block_tables=running.block_tables,
+        context_lens=jnp.where(active, running.lengths, 0),
+        query_starts=jnp.arange(active.shape[0] + 1, dtype=jnp.int32),
+        max_query_len=1,
     )
 
 

@@ -21,7 +21,7 @@ import jax.numpy as jnp
 from kvbm_jax import pool, sequences
 from kvbm_jax.types import Status
 
-__all__ = ["Grant", "ReserveResult", "commit", "extend", "reserve"]
+__all__ = ["Grant", "ReserveResult", "commit", "extend", "give_back", "reserve"]
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +71,7 @@ def extend(
       Sequences, grant, and i32[B] status (OUT_OF_BLOCKS, TABLE_FULL, INVALID_COUNT); a row without room keeps its
       length.
     """
-    groups, batch, width = running.block_tables.shape
+    groups, _, width = running.block_tables.shape
     lengths = running.lengths + num_tokens
     fresh = sequences.blocks_for(lengths, running.block_size) - running.num_blocks
     wide = running.num_blocks + fresh <= width
@@ -114,8 +114,13 @@ def commit(
       first: i32[R], index in the table of the first block to register.
       counts: i32[R], how many blocks.
     """
+    return sequences.register(give_back(state, grant), running, rows, hashes, first, counts)
+
+
+def give_back(state: pool.PoolState, grant: Grant) -> pool.PoolState:
+    """Resets the blocks that a grant has left; the grant is spent."""
     nth = jnp.arange(grant.block_ids.shape[0], dtype=jnp.int32)
     left = (nth >= grant.used) & (nth < grant.count)
     # Released last first, so that the stack of reset blocks is again what it was.
     state, _ = pool.release(state, jnp.where(left, grant.block_ids, state.num_blocks)[None])
-    return sequences.register(state, running, rows, hashes, first, counts)
+    return state

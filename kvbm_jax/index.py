@@ -18,6 +18,8 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax.ordering import fence
+
 __all__ = ["KEY_WORDS", "BlockIndex", "delete", "init", "insert", "lookup", "rebuild"]
 
 KEY_WORDS: Final = 5
@@ -166,7 +168,7 @@ def delete(index: BlockIndex, blocks: jax.Array) -> BlockIndex:
     num_blocks = index.ways.shape[0]
     nowhere = index.table.size
     ways = index.ways.at[blocks].get(mode="fill", fill_value=nowhere)
-    old, ways = jax.lax.optimization_barrier((index.ways, ways))
+    old, ways = fence((index.ways, ways))
     return replace(
         index,
         table=index.table.reshape(-1).at[ways].set(num_blocks, mode="drop").reshape(index.table.shape),

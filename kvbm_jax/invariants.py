@@ -68,8 +68,7 @@ def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
         inactive_but_unregistered=count((in_queue > 0) & ~registered),
         index_disagrees=count(registered & (found != blocks)),
         stray_ways=jnp.abs(entries_in_table - jnp.sum(registered)).astype(jnp.int32),
-        queue_counts_disagree=count(group_bits != queue.counts)
-        + (jnp.sum(group_bits) != queue.size).astype(jnp.int32),
+        queue_counts_disagree=count(group_bits != queue.counts) + (jnp.sum(group_bits) != queue.size).astype(jnp.int32),
         held_by_tables=jnp.int32(0) if holders is None else count(holders != state.ref_counts),
     )
 

@@ -22,6 +22,8 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax.ordering import fence
+
 __all__ = ["LruQueue", "compact", "init", "last_occurrence", "pop", "push", "remove", "room"]
 
 _WORD: Final = 32
@@ -90,7 +92,7 @@ def last_occurrence(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> tupl
     order = jnp.arange(1, blocks.shape[0] + 1, dtype=jnp.uint32)
     positions = queue.positions.at[index].set(0, mode="drop").at[index].max(order, mode="drop")
     last = mask & (positions.at[index].get(mode="fill", fill_value=0) == order)
-    positions, last = jax.lax.optimization_barrier((positions, last))
+    positions, last = fence((positions, last))
     return replace(queue, positions=positions), last
 
 
@@ -133,7 +135,7 @@ def remove(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
     capacity = queue.ring.shape[0]
     position = queue.positions.at[blocks].get(mode="fill", fill_value=0)
     # The positions are read before they turn into scratch; without the barrier XLA copies the whole array.
-    positions, position = jax.lax.optimization_barrier((queue.positions, position))
+    positions, position = fence((queue.positions, position))
     queue, once = last_occurrence(replace(queue, positions=positions), blocks, mask)
     entry = jnp.where(once, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
     return replace(_flip(queue, entry, -1), size=queue.size - jnp.sum(once, dtype=jnp.int32))
@@ -175,7 +177,7 @@ def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue,
     blocks = queue.ring.at[entry].get(mode="fill", fill_value=num_blocks)
     last = entry.at[jnp.maximum(count - 1, 0)].get(mode="clip")
     advance = ((last - head) % capacity + 1).astype(jnp.uint32)
-    live_ring = jax.lax.optimization_barrier((queue.live, queue.counts, words))
+    live_ring = fence((queue.live, queue.counts, words))
     queue = _flip(replace(queue, live=live_ring[0], counts=live_ring[1]), entry, -1)
     return (
         replace(

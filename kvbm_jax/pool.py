@@ -35,6 +35,7 @@ import jax.numpy as jnp
 from kvbm_jax import index as block_index
 from kvbm_jax import lru
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -84,7 +85,7 @@ class Evicted(NamedTuple):
     block_ids: jax.Array  # i32[F], padded with N
     hashes: jax.Array  # u32[F, 4]: the sequence hashes they held
     groups: jax.Array  # u32[F]: the groups they were registered under
-    count: jax.Array  # i32[]
+    num_blocks: jax.Array  # i32[]
 
 
 class MatchResult(NamedTuple):
@@ -259,7 +260,7 @@ def register(
     state, once = replace(state, inactive=inactive), once[::-1]
     owner = block_index.lookup(state.index, keys)
     # All reads of the index come before its first write; without the barrier XLA copies it.
-    index, owner, own_key, before, once = jax.lax.optimization_barrier((state.index, owner, own_key, before, once))
+    index, owner, own_key, before, once = fence((state.index, owner, own_key, before, once))
     new = once & (owner == num_blocks)
     index, inserted = block_index.insert(index, keys, flat, new)
     state = replace(state, index=index)
@@ -267,10 +268,8 @@ def register(
 
     duplicate = once & (owner < num_blocks) & (owner != flat)
     state = _hold(state, owner, duplicate)
-    state = replace(
-        state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop")
-    )
-    counts, free = jax.lax.optimization_barrier((state.ref_counts, duplicate & (_ref_counts(state, flat) == 0)))
+    state = replace(state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop"))
+    counts, free = fence((state.ref_counts, duplicate & (_ref_counts(state, flat) == 0)))
     state = _push_reset(replace(state, ref_counts=counts), flat, free)
 
     status = jnp.select(
@@ -317,14 +316,14 @@ def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Arra
     known = (flat >= 0) & (flat < num_blocks)
     held = known & (_ref_counts(state, flat) > 0)
     target = jnp.where(held, flat, num_blocks)
-    counts, target = jax.lax.optimization_barrier((state.ref_counts, target))
+    counts, target = fence((state.ref_counts, target))
     counts = counts.at[target].add(-1, mode="drop")
     after = counts.at[target].get(mode="fill", fill_value=1)
 
     inactive, last = lru.last_occurrence(state.inactive, flat, held & (after <= 0))
     registered = block_index.is_registered(state.index, flat)
     fits = jnp.sum(last & registered, dtype=jnp.int32) <= lru.room(inactive)
-    counts, after = jax.lax.optimization_barrier((counts, after))
+    counts, after = fence((counts, after))
     counts = counts.at[target].add(jnp.where(fits, 0, 1), mode="drop")
     counts = counts.at[jnp.where(fits & (after < 0), target, num_blocks)].set(0, mode="drop")
     state = replace(state, ref_counts=counts, inactive=lru.push(inactive, flat, fits & last & registered))
@@ -403,7 +402,7 @@ def check_generations(state: PoolState, block_ids: jax.Array, generations: jax.A
 
 def _seal[T](state: PoolState, result: T) -> tuple[PoolState, T]:
     """Orders all reads of a verb before the writes of the next one; XLA would copy the buffers that both touch."""
-    return jax.lax.optimization_barrier((state, result))
+    return fence((state, result))
 
 
 def _evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
@@ -418,7 +417,7 @@ def _hold(state: PoolState, blocks: jax.Array, mask: jax.Array) -> PoolState:
     """Adds a holder to each masked block of i32[F]; blocks may repeat."""
     target = jnp.where(mask, blocks, state.num_blocks)
     idle = mask & (_ref_counts(state, blocks) == 0)
-    counts, idle = jax.lax.optimization_barrier((state.ref_counts, idle))
+    counts, idle = fence((state.ref_counts, idle))
     return replace(
         state,
         ref_counts=counts.at[target].add(1, mode="drop"),

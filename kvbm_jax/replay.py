@@ -165,7 +165,7 @@ def _warm_up(num_blocks: int, width: int) -> None:
     """Compiles the programs of one width, by running them on an empty batch."""
     empty = _pad([], width)
     state, _ = _run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)
-    jax.block_until_ready(state)
+    jax.tree.map(jax.Array.block_until_ready, state)
 
 
 _compact = jax.jit(pool.compact, donate_argnums=0)
@@ -182,7 +182,8 @@ def _run(
         state, counted = _request(state, hashes[row], counts[row])
         return state, totals + counted
 
-    return jax.lax.fori_loop(0, requests, body, (state, jnp.zeros((3,), jnp.int32)))
+    state, totals = jax.lax.fori_loop(0, requests, body, (state, jnp.zeros((3,), jnp.int32)))
+    return state, totals
 
 
 def _request(state: pool.PoolState, hashes: jax.Array, count: jax.Array) -> tuple[pool.PoolState, jax.Array]:
@@ -199,4 +200,4 @@ def _request(state: pool.PoolState, hashes: jax.Array, count: jax.Array) -> tupl
     state, result = pool.register(state, jnp.where(new, fresh, state.num_blocks)[None], hashes[None])
     held = jnp.where(column < hits, matched.block_ids[0], result.block_ids[0])
     state, _ = pool.release(state, held[None])
-    return state, jnp.stack([hits, grant.evicted.count, 1 - granted.astype(jnp.int32)])
+    return state, jnp.stack([hits, grant.evicted.num_blocks, 1 - granted.astype(jnp.int32)])

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from kvbm_jax import pool
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -260,7 +261,7 @@ def register(
     for group in range(groups):
         ids = tables.at[group, rows[:, None], place].get(mode="fill", fill_value=sequences.pool_blocks)
         state, result = pool.register(state, ids, hashes, group=group)
-        tables, block_ids = jax.lax.optimization_barrier((tables, result.block_ids))
+        tables, block_ids = fence((tables, result.block_ids))
         tables = tables.at[group, rows[:, None], place].set(block_ids, mode="drop")
         results.append(result)
     stacked = RegisterResult(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
@@ -285,7 +286,7 @@ def release(
     tables = sequences.block_tables.at[:, rows].get(mode="fill", fill_value=sequences.pool_blocks)
     state, status = pool.release(state, _last_first(tables.transpose(1, 0, 2)))
     done = jnp.where(status == Status.QUEUE_FULL, batch, rows)
-    old, done = jax.lax.optimization_barrier((sequences.block_tables, done))
+    old, done = fence((sequences.block_tables, done))
     sequences = replace(
         sequences,
         block_tables=old.at[:, done].set(sequences.pool_blocks, mode="drop"),

@@ -65,7 +65,7 @@ class PoolMachine(RuleBasedStateMachine):
         granted, statuses, evicted = self.oracle.allocate(counts)
         np.testing.assert_array_equal(result.block_ids, grid(granted, self.n))
         np.testing.assert_array_equal(result.status, statuses)
-        assert int(result.evicted.count) == len(evicted)
+        assert int(result.evicted.num_blocks) == len(evicted)
         got = zip(result.evicted.block_ids.tolist(), map(tuple, result.evicted.hashes.tolist()), strict=True)
         assert list(got)[: len(evicted)] == evicted
 
@@ -117,7 +117,7 @@ class PoolMachine(RuleBasedStateMachine):
     def evict(self, count):
         self.state, result = self.do["evict"](self.state, jnp.int32(count))
         evicted = self.oracle.evict(count)
-        assert result.block_ids.tolist()[: int(result.count)] == [b for b, _ in evicted]
+        assert result.block_ids.tolist()[: int(result.num_blocks)] == [b for b, _ in evicted]
 
     @rule()
     def compact(self):

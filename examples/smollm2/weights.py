@@ -165,8 +165,7 @@ def read_gguf(path: Path) -> GGUFFile:
         alignment = metadata.get("general.alignment", gguf.GGUF_DEFAULT_ALIGNMENT)
         base = -(-cursor.at // alignment) * alignment
     tensors = {
-        name: TensorEntry(shape, gguf.GGMLQuantizationType(kind), base + offset)
-        for name, shape, kind, offset in infos
+        name: TensorEntry(shape, gguf.GGMLQuantizationType(kind), base + offset) for name, shape, kind, offset in infos
     }
     return GGUFFile(path, metadata, tensors)
 

@@ -10,9 +10,7 @@ __all__ = ["load_kv"]
 _IMPLEMENTATIONS = {"xla": xla.load_kv}
 
 
-def load_kv(
-    array: jax.Array, slots: jax.Array, *, implementation: dispatch.Implementation | None = None
-) -> jax.Array:
+def load_kv(array: jax.Array, slots: jax.Array, *, implementation: dispatch.Implementation | None = None) -> jax.Array:
     """Reads one row per slot.
 
     Args:

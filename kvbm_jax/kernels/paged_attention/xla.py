@@ -57,7 +57,7 @@ def _attend(
 ) -> jax.Array:
     """Attention of padded rows, [B, Q, Hq, D]."""
     batch, width, query_heads, dim = queries.shape
-    num_blocks, _, block_size, heads, _ = array.shape
+    _, _, block_size, heads, _ = array.shape
     blocks = min(max(_CHUNK_TOKENS // block_size, 1), block_tables.shape[1])
     chunk = blocks * block_size
     padding = -block_tables.shape[1] % blocks
@@ -89,9 +89,7 @@ def _attend(
         new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
         decay = jnp.exp(peak - new_peak)
         weights = jnp.where(seen, jnp.exp(scores - new_peak[..., None]), 0)
-        part = jnp.einsum(
-            "bhgqc,bchd->bhgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32
-        )
+        part = jnp.einsum("bhgqc,bchd->bhgqd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return (
             new_peak,
             total * decay + jnp.sum(weights, axis=-1),

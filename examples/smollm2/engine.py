@@ -1,0 +1,305 @@
+"""Generating text through the functional pool: what a small inference server does, in one file.
+
+An `Engine` holds a model and a `BlockManager`. A prompt's cached prefix is found by the manager; only the rest is
+prefilled, in chunks of a few fixed sizes. Decoding then runs many tokens in one compiled program: a `lax.scan` whose
+body extends the sequences from a grant, stores keys and values, attends and samples, without a word from the host.
+All programs are compiled by the constructor, so that later timings are of the work alone.
+
+Axes: `S` denotes the tokens of a prefill chunk, `B` the rows of the sequence batch, `K` the steps of a decode call.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import kvbm_jax
+from kvbm_jax import BlockManager, KVCache, KvBlockManagerConfig, SequenceBatch, Status, grants
+from kvbm_jax.errors import ConfigError, SequenceTooLongError
+from smollm2.model import Llama
+from smollm2.sampling import Sampler
+
+__all__ = ["Completion", "Engine"]
+
+_CHUNKS = (32, 64, 128, 256, 512)
+_DECODE_STEPS = 16
+
+
+@dataclass
+class Completion:
+    """One answer and how it came about; seconds are taken after device completion and hold no compilation."""
+
+    prompt: list[int]
+    max_tokens: int
+    num_cached: int = 0  # prompt tokens found in the cache
+    tokens: list[int] = field(default_factory=list)  # the end-of-sequence token included, if the model gave it
+    ttft_seconds: float = 0.0  # from the tokens of the prompt to the first token of the answer
+    decode_seconds: float = 0.0  # for all tokens after the first
+
+    @property
+    def num_prefilled(self) -> int:
+        """Prompt tokens that were computed."""
+        return len(self.prompt) - self.num_cached
+
+    @property
+    def decode_tokens_per_second(self) -> float:
+        """Speed after the first token; 0 if there was only one."""
+        return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
+
+
+class Engine:
+    """A model, its paged cache, and the compiled programs that join them.
+
+    Args:
+      model: the decoder.
+      block_size: tokens of a block.
+      num_blocks: blocks of the pool.
+      max_sequences: rows that decode together, B.
+      dtype: of the cache.
+      sampler: how the next token is chosen.
+
+    Raises:
+      ConfigError: if a size is out of range.
+    """
+
+    def __init__(
+        self,
+        model: Llama,
+        *,
+        block_size: int,
+        num_blocks: int,
+        max_sequences: int = 1,
+        dtype: str = "float32",
+        sampler: Sampler | None = None,
+    ) -> None:
+        self._sampler = Sampler() if sampler is None else sampler
+        self._context = model.config.context_length
+        self._eos = model.config.eos_id
+        self._graph, self._params = nnx.split(model)
+        self.manager = BlockManager(
+            KvBlockManagerConfig(
+                block_size=block_size,
+                num_blocks=num_blocks,
+                num_layers=model.config.num_layers,
+                num_kv_heads=model.config.num_kv_heads,
+                head_dim=model.config.head_dim,
+                dtype=dtype,
+            ),
+            max_sequences=max_sequences,
+            max_sequence_tokens=self._context,
+        )
+        begun = time.perf_counter()
+        self._grant_blocks = max_sequences * (_DECODE_STEPS // block_size + 2)
+        self._prefill = {size: self._compile_prefill(size) for size in _CHUNKS}
+        self._decode = self._compile_decode(max_sequences)
+        self.manager.warm_up()
+        if num_blocks * block_size > 2:
+            self.generate([[self._eos]], 2, ignore_eos=True)
+            self.manager.clear()
+        self.compile_seconds = time.perf_counter() - begun
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        salt: str = "",
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> list[Completion]:
+        """Answers prompts together, one row each; see `stream`."""
+        completions: list[Completion] = []
+        for completions in self.stream(prompts, max_tokens, salt=salt, seed=seed, ignore_eos=ignore_eos):
+            pass
+        return completions
+
+    def stream(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_tokens: int,
+        *,
+        salt: str = "",
+        seed: int = 0,
+        ignore_eos: bool = False,
+    ) -> Iterator[list[Completion]]:
+        """Answers prompts, yielding the completions as they grow: after prefill, then every few tokens.
+
+        Args:
+          prompts: token ids, up to B prompts.
+          max_tokens: bound of each answer.
+          salt: prefixes are shared within equal salts only.
+          seed: of the sampler; equal seeds give equal answers.
+          ignore_eos: go on after the end-of-sequence token, for exactly `max_tokens`.
+
+        Raises:
+          SequenceTooLongError: if a prompt and its answer exceed the model's context or the pool.
+          OutOfBlocksError: if the pool cannot hold all of them at once.
+          ConfigError: if `max_tokens` is not positive.
+        """
+        if max_tokens < 1:
+            raise ConfigError(f"max_tokens is {max_tokens}; it must be at least 1")
+        for prompt in prompts:
+            if len(prompt) + max_tokens > self._context:
+                raise SequenceTooLongError(
+                    f"a prompt of {len(prompt)} tokens and an answer of {max_tokens} exceed the model's context of "
+                    f"{self._context}; shorten the prompt or ask for fewer tokens"
+                )
+        key = jax.random.key(seed)
+        completions = [Completion(list(prompt), max_tokens) for prompt in prompts]
+        running: list[kvbm_jax.Sequence] = []
+        try:
+            for completion in completions:
+                running.append(self._begin(completion, salt, key))
+            yield completions
+            yield from self._decode_all(completions, running, key, ignore_eos)
+        finally:
+            for seq in running:
+                if not seq.released:
+                    self.manager.release(seq)
+
+    def _begin(self, completion: Completion, salt: str, key: jax.Array) -> kvbm_jax.Sequence:
+        """Starts a sequence, prefills what is not cached, and samples its first token."""
+        begun = time.perf_counter()
+        seq = self.manager.start(completion.prompt, salt=salt)
+        try:
+            tables = self.manager.sequences
+            first = seq.num_cached
+            while first < len(seq.tokens):
+                left = len(seq.tokens) - first
+                size = next((size for size in _CHUNKS if size >= left), _CHUNKS[-1])
+                count = min(left, size)
+                chunk = np.zeros((size,), np.int32)
+                chunk[:count] = seq.tokens[first : first + count]
+                token = self.manager.run(
+                    self._prefill[size], self._params, tables, np.int32(seq.row), np.int32(first), chunk,
+                    np.int32(count), key,
+                )  # fmt: skip
+                first += count
+            completion.tokens.append(int(token))
+            completion.ttft_seconds = time.perf_counter() - begun
+            completion.num_cached = seq.num_cached
+            self.manager.register(seq)
+        except BaseException:
+            if not seq.released:
+                self.manager.release(seq)
+            raise
+        return seq
+
+    def _decode_all(
+        self,
+        completions: list[Completion],
+        running: list[kvbm_jax.Sequence],
+        key: jax.Array,
+        ignore_eos: bool,
+    ) -> Iterator[list[Completion]]:
+        rows = self.manager.max_sequences
+        eos = np.int32(-1 if ignore_eos else self._eos)
+        tokens, budget = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
+        for completion, seq in zip(completions, running, strict=True):
+            tokens[seq.row] = completion.tokens[-1]
+            budget[seq.row] = 0 if tokens[seq.row] == eos else completion.max_tokens - 1
+        while budget.any():
+            begun = time.perf_counter()
+            active = [(c, s) for c, s in zip(completions, running, strict=True) if budget[s.row]]
+            growth = {seq: min(_DECODE_STEPS, int(budget[seq.row])) for _, seq in active}
+            grant = self.manager.reserve(growth, max_blocks=self._grant_blocks)
+            tables, grant, last, left, produced, emitted = self.manager.run(
+                self._decode, self._params, self.manager.sequences, grant, tokens, budget, eos, key
+            )
+            produced, emitted = np.asarray(produced), np.asarray(emitted)
+            gained = {seq: produced[emitted[:, seq.row], seq.row].tolist() for _, seq in active}
+            # A sequence holds the tokens that were fed; the newest has been sampled only.
+            self.manager.commit(grant, tables, {seq: [int(tokens[seq.row]), *new[:-1]] for seq, new in gained.items()})
+            tokens, budget = np.array(last), np.array(left)
+            seconds = time.perf_counter() - begun
+            for completion, seq in active:
+                completion.tokens.extend(gained[seq])
+                completion.decode_seconds += seconds
+            yield completions
+
+    def _compile_prefill(self, size: int) -> Callable[..., tuple[KVCache, jax.Array]]:
+        graph, choose = self._graph, _row_sampler(self._sampler)
+
+        def prefill(
+            cache: KVCache,
+            params: nnx.State,
+            running: SequenceBatch,
+            row: jax.Array,
+            first: jax.Array,
+            token_ids: jax.Array,
+            count: jax.Array,
+            key: jax.Array,
+        ) -> tuple[KVCache, jax.Array]:
+            """Computes `count` tokens i32[S] of a row from position `first`; samples the token after them, i32[]."""
+            model = nnx.merge(graph, params)
+            batch = kvbm_jax.step_batch(
+                running, row[None], first[None], count[None], num_tokens=size, max_query_len=size
+            )
+            hidden, cache = model(token_ids, batch, cache, attend=kvbm_jax.attend)
+            logits = model.logits(hidden[batch.last_tokens])
+            return cache, choose(logits, key, (first + count)[None])[0]
+
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        chunk = jax.ShapeDtypeStruct((size,), jnp.int32)
+        return self._compile(prefill, self.manager.sequences, scalar, scalar, chunk, scalar, jax.random.key(0))
+
+    def _compile_decode(self, rows: int) -> Callable[..., tuple[KVCache, tuple]]:
+        graph, choose = self._graph, _row_sampler(self._sampler)
+
+        def decode(
+            cache: KVCache,
+            params: nnx.State,
+            running: SequenceBatch,
+            grant: grants.Grant,
+            tokens: jax.Array,
+            budget: jax.Array,
+            eos: jax.Array,
+            key: jax.Array,
+        ) -> tuple[KVCache, tuple]:
+            """Decodes up to K tokens for each row that has a budget.
+
+            Returns the cache and (sequences, grant, newest tokens i32[B], budgets i32[B], tokens i32[K, B], which of
+            them are real bool[K, B]).
+            """
+            model = nnx.merge(graph, params)
+
+            def step(carry: tuple, _: None) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+                cache, running, grant, tokens, budget = carry
+                running, grant, status = grants.extend(running, grant, (budget > 0).astype(jnp.int32))
+                active = (budget > 0) & (status == Status.OK)
+                batch = kvbm_jax.decode_batch(running, active)
+                hidden, cache = model(tokens, batch, cache, attend=kvbm_jax.attend)
+                sampled = choose(model.logits(hidden), key, running.lengths)
+                tokens = jnp.where(active, sampled, tokens)
+                budget = jnp.where(active & (tokens != eos), budget - 1, 0)
+                return (cache, running, grant, tokens, budget), (tokens, active)
+
+            carry = (cache, running, grant, tokens, budget)
+            (cache, *rest), produced = jax.lax.scan(step, carry, length=_DECODE_STEPS)
+            return cache, (*rest, *produced)
+
+        row = jax.ShapeDtypeStruct((rows,), jnp.int32)
+        scalar = jax.ShapeDtypeStruct((), jnp.int32)
+        grant = self.manager.reserve({}, max_blocks=self._grant_blocks)
+        return self._compile(decode, self.manager.sequences, grant, row, row, scalar, jax.random.key(0))
+
+    def _compile[R](self, program: Callable[..., tuple[KVCache, R]], *args: object) -> Callable[..., tuple[KVCache, R]]:
+        """Compiles a program of (cache, params, *args) ahead of its first call; it takes the cache donated."""
+        return jax.jit(program, donate_argnums=0).lower(self.manager.cache, self._params, *args).compile()
+
+
+def _row_sampler(sampler: Sampler) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    """Gives each row a key of its own by position: an answer depends neither on its neighbours nor on call sizes.
+
+    Returns a function of logits float32[B, V], the key and positions i32[B].
+    """
+
+    def choose(logits: jax.Array, key: jax.Array, positions: jax.Array) -> jax.Array:
+        keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, positions)
+        return jax.vmap(lambda row, row_key: sampler(row[None], row_key)[0])(logits, keys)
+
+    return choose

@@ -1,0 +1,303 @@
+"""The host's owner of a pool and its sequences: calls the pure verbs, and turns their statuses into errors.
+
+State lives on JAX's CPU device, so results are on the host at once; only tables and slots travel to the accelerator.
+The pool is donated from call to call and never leaves this object. Between calls the bookkeeper does what verbs leave
+to their owner: it compacts the inactive queue before it runs out of room, and rehashes the index should it refuse a
+key. It knows block ids and hashes, but neither tokens nor cache contents; the manager adds those.
+"""
+
+from typing import NamedTuple
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax import grants, pool, sequences
+from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
+from kvbm_jax.types import Status
+
+__all__ = ["BlockCounts", "Bookkeeper", "EvictedBlocks", "Registered", "Started"]
+
+_REHASH_TRIES = 8
+
+
+class BlockCounts(NamedTuple):
+    """Numbers of blocks by state; they sum to the size of the pool."""
+
+    reset: int
+    inactive: int  # cached, evictable
+    held: int
+
+
+class EvictedBlocks(NamedTuple):
+    """Blocks that lost their contents, in order of eviction."""
+
+    block_ids: NDArray[np.int32]  # [E]
+    hashes: NDArray[np.uint32]  # [E, 4]
+
+
+class Started(NamedTuple):
+    """A sequence that has its blocks."""
+
+    num_cached: int  # tokens found in the cache
+    evicted: EvictedBlocks
+
+
+class Registered(NamedTuple):
+    """What a registration did, one entry for each block that was asked for."""
+
+    block_ids: NDArray[np.int32]  # [M]: the canonical blocks
+    new: NDArray[np.bool_]  # [M]: newly findable
+
+
+class Bookkeeper:
+    """Owns one `PoolState` and one `SequenceBatch` of `max_sequences` rows.
+
+    Raises:
+      ConfigError: if JAX offers no CPU device to keep the state on.
+      LayoutError: if a size is out of range.
+    """
+
+    def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, max_blocks: int) -> None:
+        self._device = _cpu_device()
+        with jax.default_device(self._device):
+            self._pool = pool.init(num_blocks)
+            self.sequences = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
+        self._room = int(pool.release_room(self._pool))
+        self._seed = 0
+
+    @property
+    def max_sequences(self) -> int:
+        """Rows of the batch."""
+        return self.sequences.block_tables.shape[1]
+
+    @property
+    def max_blocks(self) -> int:
+        """Blocks of a table."""
+        return self.sequences.block_tables.shape[2]
+
+    def stats(self) -> BlockCounts:
+        """Returns the numbers of blocks by state."""
+        return BlockCounts(*(int(n) for n in pool.stats(self._pool)))
+
+    def match(self, hashes: NDArray[np.uint32]) -> int:
+        """Returns how many leading hashes, u32[M, 4], are resident."""
+        padded, count = self._pad_hashes(hashes)
+        return int(_match(self._pool, padded[None], count[None]).num_blocks[0])
+
+    def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> Started:
+        """Gives a sequence of `num_tokens` its blocks; the first `num_hashes` hashes may be found cached.
+
+        Raises:
+          OutOfBlocksError: if blocks are lacking; nothing is held then.
+          SequenceTooLongError: if it does not fit a table.
+        """
+        # A start that fails releases the prefix it had found.
+        self._make_room(num_hashes)
+        padded, _ = self._pad_hashes(hashes[:num_hashes])
+        result = self._start(row, padded, num_hashes, num_tokens)
+        self.require(result.status[0], blocks=-(-num_tokens // self.sequences.block_size))
+        return Started(int(result.num_cached[0]), _evicted(result.evicted))
+
+    def _start(self, row: int, padded: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> sequences.StartResult:
+        self._pool, self.sequences, result = _start(
+            self._pool,
+            self.sequences,
+            np.array([row], np.int32),
+            padded[None],
+            np.array([num_hashes], np.int32),
+            np.array([num_tokens], np.int32),
+        )
+        return result
+
+    def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
+        """Makes room for the next tokens of each row, i32[B]; returns i32[B] status."""
+        self._pool, self.sequences, result = _extend(self._pool, self.sequences, num_tokens, max_blocks=max_blocks)
+        return np.array(result.status), _evicted(result.evicted)
+
+    def reserve(self, count: int, max_blocks: int | None = None) -> tuple[grants.Grant, EvictedBlocks]:
+        """Sets blocks aside for a compiled loop, padded to `max_blocks`, or to one of a few sizes.
+
+        Raises:
+          OutOfBlocksError: if there are not as many.
+        """
+        bound = _round_up(count) if max_blocks is None else max_blocks
+        self._pool, result = _reserve(self._pool, np.int32(count), max_blocks=bound)
+        self.require(result.status, blocks=count)
+        return result.grant, _evicted(result.evicted)
+
+    def adopt(self, grant: grants.Grant, running: sequences.SequenceBatch) -> None:
+        """Takes the sequences back from a compiled loop, and what its grant has left."""
+        grant, self.sequences = jax.device_put((grant, running), self._device)
+        self._pool = _return_grant(self._pool, grant)
+
+    def register(self, row: int, hashes: NDArray[np.uint32], first: int) -> Registered:
+        """Registers the blocks of a row from index `first` on under hashes u32[M, 4]."""
+        for _ in range(_REHASH_TRIES):
+            padded, _ = self._pad_hashes(hashes)
+            result = self._register(row, padded, first, len(hashes))
+            status = np.asarray(result.status[0, 0, : len(hashes)])
+            if not np.any(status == Status.INDEX_FULL):
+                break
+            self._rehash()
+        for code in status:
+            self.require(code, blocks=len(hashes))
+        taken = slice(0, len(hashes))
+        return Registered(np.array(result.block_ids[0, 0, taken]), np.array(result.registered[0, 0, taken]))
+
+    def _register(self, row: int, padded: NDArray[np.uint32], first: int, count: int) -> sequences.RegisterResult:
+        self._pool, self.sequences, result = _register(
+            self._pool,
+            self.sequences,
+            np.array([row], np.int32),
+            padded[None],
+            np.array([first], np.int32),
+            np.array([count], np.int32),
+        )
+        return result
+
+    def release(self, row: int) -> None:
+        """Ends the sequence of a row."""
+        self._make_room(int(self.sequences.num_blocks[row]))
+        self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
+        self.require(status[0], blocks=self.max_blocks)
+
+    def table(self, row: int) -> NDArray[np.int32]:
+        """Returns the blocks of a row, i32[blocks]."""
+        count = int(self.sequences.num_blocks[row])
+        return np.array(self.sequences.block_tables[0, row, :count])
+
+    def length(self, row: int) -> int:
+        """Returns the tokens of a row that have a slot."""
+        return int(self.sequences.lengths[row])
+
+    def allocate(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.uint32], EvictedBlocks]:
+        """Grants blocks that belong to no sequence: their ids and generations.
+
+        Raises:
+          OutOfBlocksError: if there are not as many.
+        """
+        self._pool, result = _allocate(self._pool, np.array([count], np.int32), max_blocks=_round_up(count))
+        self.require(result.status[0], blocks=count)
+        block_ids = np.array(result.block_ids[0, :count])
+        return block_ids, np.array(self._pool.generations[block_ids]), _evicted(result.evicted)
+
+    def is_current(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> bool:
+        """Tells whether every handle is current and held."""
+        status = _check(self._pool, block_ids, generations)
+        return bool(np.all(np.asarray(status) == Status.OK))
+
+    def check(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> None:
+        """Raises `BlockStateError` unless every handle is current and held."""
+        status = np.asarray(_check(self._pool, block_ids, generations))
+        for block, code in zip(block_ids, status, strict=True):
+            if code != Status.OK:
+                raise BlockStateError(f"block {block}: {Status(code).message}")
+
+    def free(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> None:
+        """Gives blocks back that `allocate` granted.
+
+        Raises:
+          BlockStateError: if a handle is stale or named twice; nothing is freed then.
+        """
+        self.check(block_ids, generations)
+        repeated = len(block_ids) - len(np.unique(block_ids))
+        if repeated:
+            raise BlockStateError(f"{repeated} of {len(block_ids)} blocks are named twice; free each block once")
+        padded = np.full((1, _round_up(len(block_ids))), self._pool.num_blocks, np.int32)
+        padded[0, : len(block_ids)] = block_ids
+        self._pool, status = _free(self._pool, padded)
+        self.require(status[0], blocks=len(block_ids))
+
+    def evict(self, count: int | None = None) -> EvictedBlocks:
+        """Resets the `count` least recently released inactive blocks, or all of them."""
+        wanted = self.stats().inactive if count is None else count
+        self._pool, result = _evict(self._pool, np.int32(wanted), max_count=_round_up(max(wanted, 1)))
+        return _evicted(result)
+
+    def require(self, status: jax.Array | np.generic, *, blocks: int) -> None:
+        """Raises the error that a status stands for, if any; `blocks` is what was asked, for the message."""
+        code = Status(int(status))
+        if code is Status.OK:
+            return
+        counts = self.stats()
+        if code is Status.OUT_OF_BLOCKS:
+            raise OutOfBlocksError(
+                f"{blocks} blocks are needed beyond cached ones, {counts.reset} are free and {counts.inactive} "
+                f"evictable of {self._pool.num_blocks}; {code.message}"
+            )
+        if code is Status.TABLE_FULL:
+            raise SequenceTooLongError(
+                f"a sequence of {blocks} blocks does not fit a table of {self.max_blocks} blocks "
+                f"({self.max_blocks * self.sequences.block_size} tokens); {code.message}"
+            )
+        raise BlockStateError(f"{code.name}: {code.message}")
+
+    def warm_up(self) -> None:
+        """Compiles the programs of sequences for every padded size, by running them to no effect."""
+        sizes = {self._pad_hashes(np.zeros((count, 4), np.uint32))[0].shape[0] for count in range(self.max_blocks + 1)}
+        nobody = self.max_sequences
+        for size in sorted(sizes):
+            padded = np.zeros((size, 4), np.uint32)
+            self._start(nobody, padded, 0, 0)
+            self._register(nobody, padded, 0, 0)
+        self._pool, self.sequences, _ = _release(self._pool, self.sequences, np.array([nobody], np.int32))
+
+    def _rehash(self) -> None:
+        for _ in range(_REHASH_TRIES):
+            self._seed += 1
+            rebuilt, left = _rehash(self._pool, np.uint32(self._seed))
+            if int(left) == 0:
+                self._pool = rebuilt
+                return
+        raise KvbmError(f"the block index takes no more keys after {_REHASH_TRIES} seeds; please report this")
+
+    def _make_room(self, pushes: int) -> None:
+        if pushes > self._room:
+            self._pool = _compact(self._pool)
+            self._room = int(pool.release_room(self._pool))
+        self._room -= pushes
+
+    def _pad_hashes(self, hashes: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
+        count = min(len(hashes), self.max_blocks)
+        padded = np.zeros((min(_round_up(count), self.max_blocks), 4), np.uint32)
+        padded[:count] = hashes[:count]
+        return padded, np.array(count, np.int32)
+
+
+def _cpu_device() -> jax.Device:
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError as error:
+        raise ConfigError(
+            f"the pool's bookkeeping lives on JAX's CPU device, which is hidden ({error}); "
+            "set JAX_PLATFORMS=cuda,cpu, or unset it"
+        ) from error
+
+
+def _evicted(result: pool.Evicted) -> EvictedBlocks:
+    count = int(result.num_blocks)
+    return EvictedBlocks(np.array(result.block_ids[:count]), np.array(result.hashes[:count]))
+
+
+def _round_up(count: int) -> int:
+    """The padded size of a call, one of few so that few programs are compiled."""
+    size = 32
+    while size < count:
+        size *= 8
+    return size
+
+
+_check = jax.jit(pool.check_generations)
+_match = jax.jit(pool.match)
+_start = jax.jit(sequences.start, donate_argnums=0)
+_extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_blocks")
+_register = jax.jit(sequences.register, donate_argnums=0)
+_release = jax.jit(sequences.release, donate_argnums=0)
+_reserve = jax.jit(grants.reserve, donate_argnums=0, static_argnames="max_blocks")
+_return_grant = jax.jit(grants.give_back, donate_argnums=0)
+_allocate = jax.jit(pool.allocate, donate_argnums=0, static_argnames="max_blocks")
+_free = jax.jit(pool.release, donate_argnums=0)
+_evict = jax.jit(pool.evict, donate_argnums=0, static_argnames="max_count")
+_compact = jax.jit(pool.compact, donate_argnums=0)
+_rehash = jax.jit(pool.rehash)

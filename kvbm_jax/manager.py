@@ -1,0 +1,581 @@
+"""The one owner of a pool and its cache, outside the jitted step.
+
+A server tells the manager what comes in; the manager finds cached prefixes, allocates, registers, evicts, and tells
+the world by events. The server runs its own compiled programs on the cache that the manager holds:
+
+    manager.start(tokens)            match the prefix, allocate the rest
+    manager.run(prefill, ...)        the server's program; takes the cache donated, returns it
+    manager.register(seq, n)         what is computed becomes findable
+    manager.reserve([seq], n)        blocks for a compiled decode loop
+    manager.run(decode, ...)
+    manager.commit(...)              its tokens, its sequences, what its grant has left
+    manager.release(seq)             blocks stay cached until they are evicted
+
+Calls are made from one thread. Subscriptions to events may be read from others.
+"""
+
+import functools
+import math
+import time
+from collections import abc
+from types import TracebackType
+from typing import Concatenate, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
+from numpy.typing import NDArray
+
+from kvbm_jax import cache as kv_cache
+from kvbm_jax import grants
+from kvbm_jax.bookkeeper import BlockCounts, Bookkeeper, EvictedBlocks
+from kvbm_jax.config import EventTransport, KvBlockManagerConfig
+from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
+from kvbm_jax.events import EventBus, EventType, KvEvent, KvEventBatch, Subscription
+from kvbm_jax.handles import Block, Sequence
+from kvbm_jax.hashing import hash_sequence
+from kvbm_jax.layout import KVLayout
+from kvbm_jax.metrics import NullMetrics
+from kvbm_jax.protocols import Clock, MetricsSink, Tier
+from kvbm_jax.sequences import SequenceBatch
+from kvbm_jax.types import Status
+
+__all__ = ["BlockManager"]
+
+_NO_PARENT = np.zeros((4,), np.uint32)
+
+
+class BlockManager:
+    """Owns the pool (on JAX's CPU device) and the cache (on the default device).
+
+    Args:
+      config: sizes and choices; `num_layers`, `num_kv_heads`, `head_dim` and `num_blocks` must be set.
+      max_sequences: how many sequences may run at once.
+      max_sequence_tokens: bound of the length of one; None = the whole pool.
+      metrics: where measurements go; None = nowhere.
+      clock: time for events and durations; None = the system's.
+
+    Raises:
+      ConfigError: if a size is unset, the transport or the tiers asked for are absent, or there is no CPU device.
+      LayoutError: if a size is out of range.
+    """
+
+    def __init__(
+        self,
+        config: KvBlockManagerConfig,
+        *,
+        max_sequences: int = 8,
+        max_sequence_tokens: int | None = None,
+        metrics: MetricsSink | None = None,
+        clock: Clock | None = None,
+    ) -> None:
+        self.config = config
+        self.layout = _layout(config)
+        limit = self.layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
+        if limit < 1 or max_sequences < 1:
+            raise ConfigError(
+                f"max_sequences is {max_sequences} and max_sequence_tokens {limit}; both must be at least 1"
+            )
+        self._max_blocks = min(-(-limit // config.block_size), self.layout.num_blocks)
+        self._max_sequences = max_sequences
+        self._metrics: MetricsSink = NullMetrics() if metrics is None else metrics
+        self._clock: Clock = time if clock is None else clock
+        self._bus = EventBus(metrics=self._metrics)
+        self._next_event_id = 0
+        self._running: dict[int, Sequence] = {}
+        self._begin()
+
+    def _begin(self) -> None:
+        self._cache = kv_cache.init(self.layout)
+        self._book = Bookkeeper(
+            num_blocks=self.layout.num_blocks,
+            block_size=self.layout.block_size,
+            max_sequences=self._max_sequences,
+            max_blocks=self._max_blocks,
+        )
+        self._update_gauges()
+
+    # Sequences.
+
+    def start(
+        self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
+    ) -> Sequence:
+        """Begins a sequence: finds its cached prefix, holds it, and allocates blocks for the rest of the prompt.
+
+        At least the last token is left to compute, also when all of the prompt is cached. Tokens from
+        `seq.num_cached` on have slots, which the caller's prefill must fill before `register`.
+
+        Args:
+          tokens: the prompt, at least one token.
+          salt: prefixes are shared within equal salts only.
+          lora_name: adapter that the cache is computed with.
+
+        Raises:
+          HashingError: if a token is no integer in [0, 2**32).
+          SequenceTooLongError: if the prompt is empty or longer than a sequence may be.
+          OutOfBlocksError: if the prompt needs more blocks than are free or evictable.
+          BlockStateError: if `max_sequences` are running.
+        """
+        count, size = len(tokens), self.layout.block_size
+        if not 1 <= count <= self._max_blocks * size:
+            raise SequenceTooLongError(
+                f"a prompt of {count} tokens; between 1 and {self._max_blocks * size} fit a sequence "
+                f"({self._max_blocks} blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
+            )
+        free_rows = set(range(self._max_sequences)) - self._running.keys()
+        if not free_rows:
+            raise BlockStateError(
+                f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
+            )
+        hashes = self._hash(tokens, salt, lora_name, None)
+        row, begun = min(free_rows), self._clock.monotonic_ns()
+        reusable = (count - 1) // size
+        started = self._book.start(row, hashes, reusable, count)
+        self._observe_allocation(begun, started.evicted)
+        self._metrics.count("kvbm_prefix_query_tokens_total", count)
+        self._metrics.count("kvbm_prefix_hit_tokens_total", started.num_cached)
+        seq = Sequence(
+            row=row,
+            tokens=[int(token) for token in tokens],
+            num_cached=started.num_cached,
+            salt=salt,
+            lora_name=lora_name,
+            hashes=hashes,
+            release=self.release,
+            num_registered=started.num_cached // size,
+        )
+        self._running[row] = seq
+        return seq
+
+    def match(
+        self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
+    ) -> int:
+        """Returns how many leading tokens, in whole blocks, are cached now; nothing is held."""
+        return self._book.match(self._hash(tokens, salt, lora_name, None)) * self.layout.block_size
+
+    def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
+        """Appends tokens to running sequences and gives them slots, for steps that the host drives one by one.
+
+        Raises:
+          OutOfBlocksError: if blocks are lacking; sequences of lower rows may have been extended.
+          SequenceTooLongError: if a sequence would outgrow its table.
+          BlockStateError: if a sequence is not running.
+        """
+        counts = np.zeros((self._max_sequences,), np.int32)
+        for seq, new in tokens.items():
+            self._check_running(seq)
+            counts[seq.row] = len(new)
+        begun = self._clock.monotonic_ns()
+        most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
+        statuses, evicted = self._book.extend(counts, most)
+        self._observe_allocation(begun, evicted)
+        for seq, new in tokens.items():
+            if statuses[seq.row] == Status.OK:
+                seq.tokens.extend(int(token) for token in new)
+        for status in statuses:
+            self._book.require(status, blocks=most)
+
+    def register(self, seq: Sequence, num_computed: int | None = None) -> int:
+        """Makes the blocks of a sequence findable that are whole and computed.
+
+        Args:
+          seq: a running sequence.
+          num_computed: how many of its tokens have their keys and values in the cache; None = all with a slot.
+
+        Returns:
+          How many blocks others could not find before.
+
+        Raises:
+          BlockStateError: if the sequence is not running, or has fewer slots.
+        """
+        self._check_running(seq)
+        size, slots = self.layout.block_size, self._book.length(seq.row)
+        computed = slots if num_computed is None else num_computed
+        if not 0 <= computed <= slots:
+            raise BlockStateError(f"{computed} tokens cannot be computed in a sequence that has {slots} slots")
+        first, last = seq.num_registered, computed // size
+        if last <= first:
+            return 0
+        self._rehash_tail(seq, last)
+        done = self._book.register(seq.row, seq.hashes[first:last], first)
+        seq.num_registered = last
+        index = first + np.flatnonzero(done.new)
+        if len(index):
+            parents = np.concatenate([_NO_PARENT[None], seq.hashes])[index]
+            grid = np.array(seq.tokens[: last * size], np.uint32).reshape(-1, size)
+            self._publish(
+                EventType.CREATED,
+                done.block_ids[done.new],
+                sequence_hashes=seq.hashes[index],
+                parent_hashes=parents,
+                token_ids=grid[index],
+                lora_names=() if seq.lora_name is None else (seq.lora_name,) * len(index),
+            )
+        self._update_gauges()
+        return len(index)
+
+    def release(self, seq: Sequence) -> None:
+        """Ends a sequence; what it registered stays cached until it is evicted.
+
+        Raises:
+          BlockStateError: if it is not running (a double release).
+        """
+        self._check_running(seq)
+        self._book.release(seq.row)
+        del self._running[seq.row]
+        seq.released = True
+        self._update_gauges()
+
+    # Compiled programs.
+
+    @property
+    def max_sequences(self) -> int:
+        """How many sequences may run at once: rows of `sequences`."""
+        return self._max_sequences
+
+    def warm_up(self) -> None:
+        """Compiles the manager's own programs, so that the first requests do not wait for them."""
+        self._book.warm_up()
+
+    @property
+    def cache(self) -> kv_cache.KVCache:
+        """The cache as it is now. Programs that donate it go through `run`."""
+        return self._cache
+
+    @property
+    def sequences(self) -> SequenceBatch:
+        """Tables and lengths of the running sequences, on the device of the cache; a value, not a view."""
+        return self._beside_cache(self._book.sequences)
+
+    def run[**P, R](
+        self,
+        step: abc.Callable[Concatenate[kv_cache.KVCache, P], tuple[kv_cache.KVCache, R]],
+        *args: P.args,
+        **kwargs: P.kwargs,
+    ) -> R:
+        """Runs the caller's program on the cache, which it may take donated.
+
+        Args:
+          step: takes the cache first, returns the new cache first.
+          *args: passed on.
+          **kwargs: passed on.
+
+        Returns:
+          What the program returned beside the cache.
+
+        Raises:
+          CacheLostError: if it failed after donation had destroyed the cache. The cache is empty then, no sequence
+            runs any more, and an event says so.
+        """
+        cache = self._cache
+        try:
+            self._cache, result = step(cache, *args, **kwargs)
+        except BaseException as error:
+            if not any(array.is_deleted() for array in cache.arrays):
+                raise
+            self._lose()
+            if not isinstance(error, Exception):
+                raise
+            raise CacheLostError(
+                f"the step failed after its cache had been donated ({error}); the cache is empty again: "
+                "start all sequences anew"
+            ) from error
+        return result
+
+    def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> grants.Grant:
+        """Sets aside the blocks that sequences need to grow.
+
+        The grant goes into a compiled loop beside `sequences`, where `kvbm_jax.grants.extend` draws on it; both come
+        back through `commit`.
+
+        Args:
+          growth: how many tokens each sequence may gain.
+          max_blocks: pads the grant to this many blocks, so that a compiled loop sees one shape; None = few sizes.
+
+        Raises:
+          OutOfBlocksError: if there are not as many.
+          SequenceTooLongError: if a sequence would outgrow its table.
+          ConfigError: if the blocks exceed `max_blocks`.
+          BlockStateError: if a sequence is not running.
+        """
+        count, size = 0, self.layout.block_size
+        for seq, num_tokens in growth.items():
+            self._check_running(seq)
+            length = self._book.length(seq.row)
+            needed = -(-(length + num_tokens) // size)
+            if needed > self._max_blocks:
+                raise SequenceTooLongError(
+                    f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
+                    f"{self._max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
+                )
+            count += needed - -(-length // size)
+        if max_blocks is not None and count > max_blocks:
+            raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
+        begun = self._clock.monotonic_ns()
+        grant, evicted = self._book.reserve(count, max_blocks)
+        self._observe_allocation(begun, evicted)
+        return self._beside_cache(grant)
+
+    def commit(
+        self,
+        grant: grants.Grant,
+        running: SequenceBatch,
+        tokens: abc.Mapping[Sequence, abc.Sequence[int]],
+    ) -> None:
+        """Takes over what a compiled loop did: its sequences, its tokens, and what its grant has left.
+
+        Completed blocks are registered. The last token of a sequence may have no slot yet, as after a decode loop
+        that has just sampled it.
+
+        Args:
+          grant: the grant as the loop returned it.
+          running: the sequences as the loop returned them.
+          tokens: what each sequence gained.
+
+        Raises:
+          BlockStateError: if a sequence is not running.
+        """
+        for seq in tokens:
+            self._check_running(seq)
+        self._book.adopt(grant, running)
+        for seq, new in tokens.items():
+            seq.tokens.extend(int(token) for token in new)
+            self.register(seq)
+        self._update_gauges()
+
+    # Blocks outside sequences.
+
+    def allocate_blocks(self, count: int) -> list[Block]:
+        """Grants blocks that belong to no sequence.
+
+        Raises:
+          OutOfBlocksError: if there are not as many free or evictable; none is granted then.
+          ConfigError: if `count` is negative.
+        """
+        if count < 0:
+            raise ConfigError(f"count is {count}; it must be at least 0")
+        begun = self._clock.monotonic_ns()
+        block_ids, generations, evicted = self._book.allocate(count)
+        self._observe_allocation(begun, evicted)
+        return [
+            Block(int(block), int(generation), self._free_if_current)
+            for block, generation in zip(block_ids, generations, strict=True)
+        ]
+
+    def free_blocks(self, blocks: abc.Sequence[Block]) -> None:
+        """Gives blocks back.
+
+        Raises:
+          BlockStateError: if one was freed before or is named twice; none is freed then.
+        """
+        self._book.free(*_columns(blocks))
+        self._update_gauges()
+
+    def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
+        """Writes one layer of a block: [C, T, H, D], keys then values.
+
+        Raises:
+          BlockStateError: if the handle is stale.
+          LayoutError: if shape or layer do not fit.
+        """
+        self._book.check(*_columns([block]))
+        values = jnp.asarray(data)
+        shape = self._block_shape()
+        if values.shape != shape:
+            raise LayoutError(f"data has shape {list(values.shape)}; a block's layer is [C, T, H, D] = {list(shape)}")
+        slots = block.block_id * self.layout.block_size + jnp.arange(self.layout.block_size, dtype=jnp.int32)
+        self.run(_store_layer, values, slots, layer=layer)
+
+    def load_kv(self, block: Block, layer: int) -> jax.Array:
+        """Reads one layer of a block: [C, T, H, D], keys then values.
+
+        Raises:
+          BlockStateError: if the handle is stale.
+          LayoutError: if the layer does not exist.
+        """
+        self._book.check(*_columns([block]))
+        array, first = kv_cache.layer_view(self._cache, layer)
+        return array[first + block.block_id]
+
+    # Events, numbers, the end.
+
+    def publish_event(self, event: KvEvent) -> None:
+        """Publishes an event of the caller's beside the manager's own; returns at once.
+
+        The manager numbers it: `event_id` is replaced by the next of this worker.
+        """
+        batch = KvEventBatch.from_events([event])
+        batch.event_ids[:] = self._number_events(1)
+        self._bus.publish(batch)
+
+    def subscribe_events(self) -> Subscription:
+        """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously."""
+        return self._bus.subscribe()
+
+    def stats(self) -> BlockCounts:
+        """Returns the numbers of reset, inactive (cached) and held blocks."""
+        return self._book.stats()
+
+    def clear(self) -> int:
+        """Forgets every cached block that no sequence holds, and returns how many."""
+        evicted = self._book.evict()
+        self._tell_evicted(evicted)
+        self._update_gauges()
+        return len(evicted.block_ids)
+
+    def close(self) -> None:
+        """Ends the events; idempotent."""
+        self._bus.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _lose(self) -> None:
+        for seq in self._running.values():
+            seq.released = True
+        self._running.clear()
+        self._begin()
+        self._publish(EventType.CLEARED, np.zeros((1,), np.uint64))
+
+    def _beside_cache[T](self, tree: T) -> T:
+        """Puts a pytree on the device of the cache."""
+        placed: T = jax.device_put(tree, self._cache.arrays[0].sharding)
+        return placed
+
+    def _free_if_current(self, block: Block) -> None:
+        if self._book.is_current(*_columns([block])):
+            self.free_blocks([block])
+
+    def _hash(
+        self,
+        tokens: abc.Sequence[int] | NDArray[np.integer],
+        salt: str,
+        lora_name: str | None,
+        parent: NDArray[np.uint32] | None,
+    ) -> NDArray[np.uint32]:
+        return hash_sequence(
+            tokens,
+            self.layout.block_size,
+            algorithm=self.config.hash_algorithm,
+            salt=salt,
+            lora_name=lora_name,
+            parent=parent,
+        )
+
+    def _rehash_tail(self, seq: Sequence, count: int) -> None:
+        """Brings the hashes of a sequence up to `count` blocks."""
+        known = len(seq.hashes)
+        if known < count:
+            size = self.layout.block_size
+            parent = seq.hashes[-1] if known else None
+            tail = self._hash(seq.tokens[known * size : count * size], seq.salt, seq.lora_name, parent)
+            seq.hashes = np.concatenate([seq.hashes, tail])
+
+    def _check_running(self, seq: Sequence) -> None:
+        if self._running.get(seq.row) is not seq:
+            raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
+
+    def _observe_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
+        self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
+        self._tell_evicted(evicted)
+        self._update_gauges()
+
+    def _tell_evicted(self, evicted: EvictedBlocks) -> None:
+        if len(evicted.block_ids):
+            self._metrics.count("kvbm_eviction_count_total", len(evicted.block_ids))
+            self._publish(EventType.DELETED, evicted.block_ids, sequence_hashes=evicted.hashes)
+
+    def _publish(
+        self,
+        event_type: EventType,
+        block_ids: NDArray[np.integer],
+        *,
+        sequence_hashes: NDArray[np.uint32] | None = None,
+        parent_hashes: NDArray[np.uint32] | None = None,
+        token_ids: NDArray[np.uint32] | None = None,
+        lora_names: abc.Sequence[str | None] = (),
+    ) -> None:
+        self._bus.publish(
+            KvEventBatch.make(
+                event_type,
+                block_ids,
+                worker_id=self.config.worker_id,
+                block_size=self.layout.block_size,
+                first_event_id=self._number_events(len(block_ids)),
+                timestamp=self._clock.time_ns(),
+                tier=Tier.G1,
+                sequence_hashes=sequence_hashes,
+                parent_hashes=parent_hashes,
+                token_ids=token_ids,
+                lora_names=lora_names,
+            )
+        )
+
+    def _number_events(self, count: int) -> int:
+        first = self._next_event_id
+        self._next_event_id += count
+        return first
+
+    def _update_gauges(self) -> None:
+        counts = self._book.stats()
+        self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
+        self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+
+    def _block_shape(self) -> tuple[int, ...]:
+        layout = self.layout
+        return (layout.components, layout.block_size, layout.num_kv_heads, layout.head_dim)
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="layer")
+def _store_layer(
+    cache: kv_cache.KVCache, data: jax.Array, slots: jax.Array, *, layer: int
+) -> tuple[kv_cache.KVCache, None]:
+    """Writes [C, T, H, D] to the slots of one block; donates the cache."""
+    return kv_cache.store_kv(cache, layer, data[0], data[1], slots), None
+
+
+def _columns(blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
+    """Ids and generations of handles."""
+    block_ids = np.array([block.block_id for block in blocks], np.int32)
+    return block_ids, np.array([block.generation for block in blocks], np.uint32)
+
+
+def _layout(config: KvBlockManagerConfig) -> KVLayout:
+    """The layout that a configuration asks for; refuses what this version cannot serve."""
+    if config.enable_offload:
+        raise ConfigError("enable_offload = true: this version has no tier below the device; set it to false")
+    if config.events in {EventTransport.NATS, EventTransport.ZMQ}:
+        raise ConfigError(f"events = {config.events}: this version has no network transport; use events = inproc")
+    unset = [name for name in ("num_layers", "num_kv_heads", "head_dim") if getattr(config, name) is None]
+    if unset:
+        raise ConfigError(f"{', '.join(unset)} unset; take them from the model's configuration")
+    layout = functools.partial(
+        KVLayout,
+        num_layers=config.num_layers or 0,
+        num_kv_heads=config.num_kv_heads or 0,
+        head_dim=config.head_dim or 0,
+        block_size=config.block_size,
+        dtype=config.dtype,
+    )
+    if config.num_blocks is not None:
+        return layout(num_blocks=config.num_blocks)
+    device = jax.devices()[0]
+    memory = device.memory_stats()
+    if not memory or "bytes_limit" not in memory:
+        raise ConfigError(
+            f"num_blocks is unset and {device} reports no memory limit to take gpu_memory_fraction of; set num_blocks"
+        )
+    left = (memory["bytes_limit"] - memory["bytes_in_use"]) * config.gpu_memory_fraction
+    num_blocks = math.floor(left / layout(num_blocks=1).block_bytes)
+    if num_blocks < 1:
+        raise ConfigError(
+            f"gpu_memory_fraction = {config.gpu_memory_fraction} leaves {left:,.0f} bytes, not one block of "
+            f"{layout(num_blocks=1).block_bytes:,}; free memory or use smaller blocks"
+        )
+    return layout(num_blocks=num_blocks)
