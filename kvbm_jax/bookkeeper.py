@@ -4,6 +4,9 @@ State lives on JAX's CPU device, so results are on the host at once; only tables
 The pool is donated from call to call and never leaves this object. Between calls the bookkeeper does what verbs leave
 to their owner: it compacts the inactive queue before it runs out of room, and rehashes the index should it refuse a
 key. It knows block ids and hashes, but neither tokens nor cache contents; the manager adds those.
+
+Results are turned into numpy before they are indexed: an indexed JAX array would compile a program per shape. What
+leaves this module is copied, since a living view of donated state would turn the next donation into a copy of it.
 """
 
 from typing import NamedTuple
@@ -61,8 +64,11 @@ class Bookkeeper:
     def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, max_blocks: int) -> None:
         self._device = _cpu_device()
         with jax.default_device(self._device):
-            self._pool = pool.init(num_blocks)
-            self.sequences = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
+            state = pool.init(num_blocks)
+            running = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
+        # Committed to the device from the start: a program compiled for uncommitted state would be compiled twice.
+        self._pool: pool.PoolState = jax.device_put(state, self._device)
+        self.sequences: sequences.SequenceBatch = jax.device_put(running, self._device)
         self._room = int(pool.release_room(self._pool))
         self._seed = 0
 
@@ -78,12 +84,12 @@ class Bookkeeper:
 
     def stats(self) -> BlockCounts:
         """Returns the numbers of blocks by state."""
-        return BlockCounts(*(int(n) for n in pool.stats(self._pool)))
+        return BlockCounts(*(int(n) for n in _stats(self._pool)))
 
     def match(self, hashes: NDArray[np.uint32]) -> int:
         """Returns how many leading hashes, u32[M, 4], are resident."""
         padded, count = self._pad_hashes(hashes)
-        return int(_match(self._pool, padded[None], count[None]).num_blocks[0])
+        return int(np.asarray(_match(self._pool, padded[None], count[None]).num_blocks)[0])
 
     def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> Started:
         """Gives a sequence of `num_tokens` its blocks; the first `num_hashes` hashes may be found cached.
@@ -96,10 +102,11 @@ class Bookkeeper:
         self._make_room(num_hashes)
         padded, _ = self._pad_hashes(hashes[:num_hashes])
         result = self._start(row, padded, num_hashes, num_tokens)
-        self.require(result.status[0], blocks=-(-num_tokens // self.sequences.block_size))
-        return Started(int(result.num_cached[0]), _evicted(result.evicted))
+        self.require(np.asarray(result.status)[0], blocks=-(-num_tokens // self.sequences.block_size))
+        return Started(int(np.asarray(result.num_cached)[0]), _evicted(result.evicted))
 
     def _start(self, row: int, padded: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> sequences.StartResult:
+        result: sequences.StartResult
         self._pool, self.sequences, result = _start(
             self._pool,
             self.sequences,
@@ -136,16 +143,17 @@ class Bookkeeper:
         for _ in range(_REHASH_TRIES):
             padded, _ = self._pad_hashes(hashes)
             result = self._register(row, padded, first, len(hashes))
-            status = np.asarray(result.status[0, 0, : len(hashes)])
+            status = np.asarray(result.status)[0, 0, : len(hashes)]
             if not np.any(status == Status.INDEX_FULL):
                 break
             self._rehash()
         for code in status:
             self.require(code, blocks=len(hashes))
-        taken = slice(0, len(hashes))
-        return Registered(np.array(result.block_ids[0, 0, taken]), np.array(result.registered[0, 0, taken]))
+        block_ids, new = np.asarray(result.block_ids), np.asarray(result.registered)
+        return Registered(block_ids[0, 0, : len(hashes)].copy(), new[0, 0, : len(hashes)].copy())
 
     def _register(self, row: int, padded: NDArray[np.uint32], first: int, count: int) -> sequences.RegisterResult:
+        result: sequences.RegisterResult
         self._pool, self.sequences, result = _register(
             self._pool,
             self.sequences,
@@ -158,18 +166,18 @@ class Bookkeeper:
 
     def release(self, row: int) -> None:
         """Ends the sequence of a row."""
-        self._make_room(int(self.sequences.num_blocks[row]))
+        self._make_room(len(self.table(row)))
         self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
-        self.require(status[0], blocks=self.max_blocks)
+        self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def table(self, row: int) -> NDArray[np.int32]:
         """Returns the blocks of a row, i32[blocks]."""
-        count = int(self.sequences.num_blocks[row])
-        return np.array(self.sequences.block_tables[0, row, :count])
+        count = np.asarray(self.sequences.num_blocks)[row]
+        return np.asarray(self.sequences.block_tables)[0, row, :count].copy()
 
     def length(self, row: int) -> int:
         """Returns the tokens of a row that have a slot."""
-        return int(self.sequences.lengths[row])
+        return int(np.asarray(self.sequences.lengths)[row])
 
     def allocate(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.uint32], EvictedBlocks]:
         """Grants blocks that belong to no sequence: their ids and generations.
@@ -178,9 +186,9 @@ class Bookkeeper:
           OutOfBlocksError: if there are not as many.
         """
         self._pool, result = _allocate(self._pool, np.array([count], np.int32), max_blocks=_round_up(count))
-        self.require(result.status[0], blocks=count)
-        block_ids = np.array(result.block_ids[0, :count])
-        return block_ids, np.array(self._pool.generations[block_ids]), _evicted(result.evicted)
+        self.require(np.asarray(result.status)[0], blocks=count)
+        block_ids = np.asarray(result.block_ids)[0, :count].copy()
+        return block_ids, np.asarray(self._pool.generations)[block_ids], _evicted(result.evicted)
 
     def is_current(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> bool:
         """Tells whether every handle is current and held."""
@@ -207,7 +215,7 @@ class Bookkeeper:
         padded = np.full((1, _round_up(len(block_ids))), self._pool.num_blocks, np.int32)
         padded[0, : len(block_ids)] = block_ids
         self._pool, status = _free(self._pool, padded)
-        self.require(status[0], blocks=len(block_ids))
+        self.require(np.asarray(status)[0], blocks=len(block_ids))
 
     def evict(self, count: int | None = None) -> EvictedBlocks:
         """Resets the `count` least recently released inactive blocks, or all of them."""
@@ -277,7 +285,7 @@ def _cpu_device() -> jax.Device:
 
 def _evicted(result: pool.Evicted) -> EvictedBlocks:
     count = int(result.num_blocks)
-    return EvictedBlocks(np.array(result.block_ids[:count]), np.array(result.hashes[:count]))
+    return EvictedBlocks(np.asarray(result.block_ids)[:count].copy(), np.asarray(result.hashes)[:count].copy())
 
 
 def _round_up(count: int) -> int:
@@ -288,6 +296,7 @@ def _round_up(count: int) -> int:
     return size
 
 
+_stats = jax.jit(pool.stats)
 _check = jax.jit(pool.check_generations)
 _match = jax.jit(pool.match)
 _start = jax.jit(sequences.start, donate_argnums=0)

@@ -160,12 +160,14 @@ def match(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.
     Returns:
       The blocks, not held yet: `acquire` them before anything else changes the pool.
     """
-    _check_hashes(hashes, 3)
+    _check_hashes(hashes)
+    if counts.shape != hashes.shape[:1]:
+        raise LayoutError(f"counts are {list(counts.shape)} for hashes [B, M, 4] = {list(hashes.shape)}; give B counts")
     asked = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
     found = block_index.lookup(state.index, _keys(hashes, group))
     miss = (found == state.num_blocks) | ~asked
-    length = jnp.min(jnp.where(miss, jnp.arange(hashes.shape[1])[None, :], hashes.shape[1]), axis=1)
-    length = length.astype(jnp.int32)
+    most = hashes.shape[1]
+    length = jnp.min(jnp.where(miss, jnp.arange(most)[None, :], most), axis=1, initial=most).astype(jnp.int32)
     prefix = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
     return MatchResult(jnp.where(prefix, found, state.num_blocks), length)
 
@@ -180,6 +182,7 @@ def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Arra
     Returns:
       The pool, and i32[B] status. A row that names an unknown or a reset block gets nothing.
     """
+    _check_ids("block_ids", block_ids, "[B, M]")
     flat = block_ids.reshape(-1)
     known = (flat >= 0) & (flat < state.num_blocks)
     padding = flat == state.num_blocks
@@ -203,6 +206,7 @@ def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[P
       The pool and the granted blocks, held once each. Reset blocks are granted first, then inactive ones in queue
       order, which are reported as evicted.
     """
+    _check_ids("counts", counts, "[B]")
     rows = counts.shape[0]
     valid = (counts >= 0) & (counts <= max_blocks)
     ends = jnp.cumsum(jnp.where(valid, counts, 0), dtype=jnp.int32)
@@ -246,7 +250,10 @@ def register(
       The pool, and ids and status of each block. A block that is refused (see its status) stays held, unregistered
       and unshared; repeating the call is safe.
     """
-    _check_hashes(hashes, 3)
+    _check_ids("block_ids", block_ids, "[B, M]")
+    _check_hashes(hashes)
+    if hashes.shape[:2] != block_ids.shape:
+        raise LayoutError(f"block_ids are {list(block_ids.shape)}, hashes {list(hashes.shape)}; give each block a hash")
     num_blocks = state.num_blocks
     flat = block_ids.reshape(-1)
     keys = _keys(hashes, group).reshape(-1, block_index.KEY_WORDS)
@@ -311,6 +318,7 @@ def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Arra
       The pool, and i32[B] status. A block that is released more often than it is held ends without holders, and every
       row that names it gets NOT_HELD. Without room in the queue nothing happens and every row gets QUEUE_FULL.
     """
+    _check_ids("block_ids", block_ids, "[B, M]")
     num_blocks = state.num_blocks
     flat = block_ids[:, ::-1].reshape(-1)
     known = (flat >= 0) & (flat < num_blocks)
@@ -454,8 +462,13 @@ def _keys(hashes: jax.Array, group: jax.Array | int) -> jax.Array:
     return jnp.concatenate([hashes, words], axis=-1)
 
 
-def _check_hashes(hashes: jax.Array, rank: int) -> None:
-    if hashes.ndim != rank or hashes.shape[-1] != 4 or hashes.dtype != jnp.uint32:
+def _check_ids(name: str, values: jax.Array, axes: str) -> None:
+    if values.ndim != axes.count(",") + 1 or values.dtype != jnp.int32:
+        raise LayoutError(f"{name} are {values.dtype}{list(values.shape)}; expected int32{axes}")
+
+
+def _check_hashes(hashes: jax.Array) -> None:
+    if hashes.ndim != 3 or hashes.shape[-1] != 4 or hashes.dtype != jnp.uint32:
         raise LayoutError(
             f"hashes are {hashes.dtype}{list(hashes.shape)}; expected uint32[B, M, 4], the 128 bits of each block"
         )

@@ -165,7 +165,7 @@ def _warm_up(num_blocks: int, width: int) -> None:
     """Compiles the programs of one width, by running them on an empty batch."""
     empty = _pad([], width)
     state, _ = _run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)
-    jax.tree.map(jax.Array.block_until_ready, state)
+    jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
 
 
 _compact = jax.jit(pool.compact, donate_argnums=0)

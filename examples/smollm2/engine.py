@@ -18,14 +18,13 @@ import numpy as np
 from flax import nnx
 
 import kvbm_jax
-from kvbm_jax import BlockManager, KVCache, KvBlockManagerConfig, SequenceBatch, Status, grants
+from kvbm_jax import BlockManager, KvBlockManagerConfig, KVCache, SequenceBatch, Status, grants
 from kvbm_jax.errors import ConfigError, SequenceTooLongError
 from smollm2.model import Llama
 from smollm2.sampling import Sampler
 
 __all__ = ["Completion", "Engine"]
 
-_CHUNKS = (32, 64, 128, 256, 512)
 _DECODE_STEPS = 16
 
 
@@ -61,6 +60,7 @@ class Engine:
       max_sequences: rows that decode together, B.
       dtype: of the cache.
       sampler: how the next token is chosen.
+      chunks: sizes in tokens that prefill is cut into, rising; one program is compiled for each.
 
     Raises:
       ConfigError: if a size is out of range.
@@ -75,6 +75,7 @@ class Engine:
         max_sequences: int = 1,
         dtype: str = "float32",
         sampler: Sampler | None = None,
+        chunks: Sequence[int] = (32, 64, 128, 256, 512),
     ) -> None:
         self._sampler = Sampler() if sampler is None else sampler
         self._context = model.config.context_length
@@ -94,7 +95,7 @@ class Engine:
         )
         begun = time.perf_counter()
         self._grant_blocks = max_sequences * (_DECODE_STEPS // block_size + 2)
-        self._prefill = {size: self._compile_prefill(size) for size in _CHUNKS}
+        self._prefill = {size: self._compile_prefill(size) for size in chunks}
         self._decode = self._compile_decode(max_sequences)
         self.manager.warm_up()
         if num_blocks * block_size > 2:
@@ -112,9 +113,7 @@ class Engine:
         ignore_eos: bool = False,
     ) -> list[Completion]:
         """Answers prompts together, one row each; see `stream`."""
-        completions: list[Completion] = []
-        for completions in self.stream(prompts, max_tokens, salt=salt, seed=seed, ignore_eos=ignore_eos):
-            pass
+        *_, completions = self.stream(prompts, max_tokens, salt=salt, seed=seed, ignore_eos=ignore_eos)
         return completions
 
     def stream(
@@ -153,7 +152,7 @@ class Engine:
         running: list[kvbm_jax.Sequence] = []
         try:
             for completion in completions:
-                running.append(self._begin(completion, salt, key))
+                running.append(self._begin(completion, salt, key))  # noqa: PERF401 (each one must be released)
             yield completions
             yield from self._decode_all(completions, running, key, ignore_eos)
         finally:
@@ -170,7 +169,7 @@ class Engine:
             first = seq.num_cached
             while first < len(seq.tokens):
                 left = len(seq.tokens) - first
-                size = next((size for size in _CHUNKS if size >= left), _CHUNKS[-1])
+                size = next((size for size in self._prefill if size >= left), max(self._prefill))
                 count = min(left, size)
                 chunk = np.zeros((size,), np.int32)
                 chunk[:count] = seq.tokens[first : first + count]
@@ -267,7 +266,7 @@ class Engine:
             """
             model = nnx.merge(graph, params)
 
-            def step(carry: tuple, _: None) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+            def step(carry: tuple) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
                 cache, running, grant, tokens, budget = carry
                 running, grant, status = grants.extend(running, grant, (budget > 0).astype(jnp.int32))
                 active = (budget > 0) & (status == Status.OK)
@@ -278,8 +277,12 @@ class Engine:
                 budget = jnp.where(active & (tokens != eos), budget - 1, 0)
                 return (cache, running, grant, tokens, budget), (tokens, active)
 
+            def step_if_any(carry: tuple, _: None) -> tuple[tuple, tuple[jax.Array, jax.Array]]:
+                budget = carry[-1]
+                return jax.lax.cond(jnp.any(budget > 0), step, lambda c: (c, (c[3], budget > 0)), carry)
+
             carry = (cache, running, grant, tokens, budget)
-            (cache, *rest), produced = jax.lax.scan(step, carry, length=_DECODE_STEPS)
+            (cache, *rest), produced = jax.lax.scan(step_if_any, carry, length=_DECODE_STEPS)
             return cache, (*rest, *produced)
 
         row = jax.ShapeDtypeStruct((rows,), jnp.int32)
