@@ -1,0 +1,335 @@
+"""The manager, with real state and a cache small enough to read: what servers call, and what the world is told."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import kvbm_jax
+from kvbm_jax import BlockManager, KvBlockManagerConfig, Status, grants, invariants
+from kvbm_jax import index as block_index
+from kvbm_jax.errors import (
+    BlockStateError,
+    CacheLostError,
+    ConfigError,
+    LayoutError,
+    OutOfBlocksError,
+    SequenceTooLongError,
+)
+from kvbm_jax.events import EventType, KvEvent
+from kvbm_jax.hashing import hash_sequence
+from kvbm_jax.metrics import InMemoryMetrics
+from kvbm_jax.protocols import Tier
+
+pytestmark = pytest.mark.core
+
+SIZE = 4
+
+
+def make(num_blocks=8, max_sequences=2, metrics=None, **config):
+    return BlockManager(
+        KvBlockManagerConfig(
+            block_size=SIZE, num_blocks=num_blocks, num_layers=2, num_kv_heads=1, head_dim=2, dtype="float32", **config
+        ),
+        max_sequences=max_sequences,
+        metrics=metrics,
+    )
+
+
+@pytest.fixture
+def manager():
+    """A manager whose pool keeps its laws to the end of the test."""
+    with make() as owner:
+        yield owner
+        invariants.assert_holds(owner._book._pool)
+
+
+def prompt(length, first=0):
+    return list(range(first, first + length))
+
+
+def drain(subscription):
+    return [event for batch in subscription.drain() for event in batch]
+
+
+def test_a_prefix_is_found_once_it_is_registered(manager):
+    first = manager.start(prompt(10))
+    assert first.num_cached == 0
+    assert manager.match(prompt(10)) == 0
+    assert manager.register(first) == 2
+    assert manager.register(first) == 0
+    assert manager.match(prompt(10)) == 8
+    second = manager.start(prompt(10))
+    assert second.num_cached == 8
+    assert manager._book.table(second.row)[:2].tolist() == manager._book.table(first.row)[:2].tolist()
+    manager.release(first)
+    manager.release(second)
+    assert manager.stats() == (6, 2, 0)
+
+
+def test_the_last_token_of_a_cached_prompt_is_computed(manager):
+    with manager.start(prompt(8)) as seq:
+        manager.register(seq)
+    with manager.start(prompt(8)) as seq:
+        assert seq.num_cached == 4
+
+
+def test_only_computed_blocks_are_registered(manager):
+    with manager.start(prompt(12)) as seq:
+        assert manager.register(seq, 7) == 1
+        assert manager.match(prompt(12)) == 4
+        with pytest.raises(BlockStateError, match="13 tokens cannot be computed in a sequence that has 12 slots"):
+            manager.register(seq, 13)
+
+
+def test_equal_blocks_computed_twice_become_one(manager):
+    one, two = manager.start(prompt(9)), manager.start(prompt(9))
+    assert manager.register(one) == 2
+    assert manager.register(two) == 0
+    assert manager._book.table(one.row)[:2].tolist() == manager._book.table(two.row)[:2].tolist()
+    manager.release(one)
+    manager.release(two)
+    assert manager.stats() == (6, 2, 0)
+
+
+def test_salt_and_lora_keep_prefixes_apart(manager):
+    with manager.start(prompt(8), salt="a", lora_name="x") as seq:
+        manager.register(seq)
+    assert manager.match(prompt(8), salt="a", lora_name="x") == 8
+    assert manager.match(prompt(8), salt="b", lora_name="x") == 0
+    assert manager.match(prompt(8), salt="a") == 0
+
+
+def test_events_tell_every_change_in_order(manager):
+    events = manager.subscribe_events()
+    with manager.start(prompt(9), lora_name="x") as seq:
+        manager.register(seq)
+    created = drain(events)
+    hashes = hash_sequence(prompt(8), SIZE, lora_name="x")
+    assert [e.event_type for e in created] == [EventType.CREATED] * 2
+    assert [e.sequence_hash for e in created] == [h.tobytes() for h in hashes]
+    assert [e.parent_hash for e in created] == [None, hashes[0].tobytes()]
+    assert [e.token_ids for e in created] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+    assert {(e.tier, e.block_size, e.worker_id, e.lora_name) for e in created} == {(Tier.G1, SIZE, "0", "x")}
+
+    with manager.start(prompt(32, 100)) as seq:
+        gone = drain(events)
+        assert [e.event_type for e in gone] == [EventType.DELETED] * 2
+        # The tail of a sequence dies before its prefix.
+        assert [e.sequence_hash for e in gone] == [hashes[1].tobytes(), hashes[0].tobytes()]
+        assert [e.block_id for e in gone] == [created[1].block_id, created[0].block_id]
+        manager.register(seq)
+    assert manager.clear() == 8
+    rest = drain(events)
+    assert [e.event_type for e in rest] == [EventType.CREATED] * 8 + [EventType.DELETED] * 8
+    assert [e.event_id for e in created + gone + rest] == list(range(20))
+    assert manager.stats() == (8, 0, 0)
+
+
+def test_an_event_of_the_caller_is_numbered_and_published(manager):
+    events = manager.subscribe_events()
+    manager.publish_event(KvEvent(EventType.CREATED, 3, "0", 7, {"note": "mine"}, block_size=SIZE, tier=Tier.G1))
+    [event] = drain(events)
+    assert (event.event_id, event.metadata) == (0, {"note": "mine"})
+    manager.close()
+    assert list(events) == []
+
+
+def test_running_out_of_blocks_holds_nothing(manager):
+    with manager.start(prompt(20)):
+        before = manager.stats()
+        with pytest.raises(OutOfBlocksError, match="4 blocks are needed beyond cached ones, 3 are free"):
+            manager.start(prompt(16, 50))
+        assert manager.stats() == before
+
+
+def test_limits_are_said(manager):
+    with pytest.raises(SequenceTooLongError, match=r"a prompt of 33 tokens; between 1 and 32 fit"):
+        manager.start(prompt(33))
+    with pytest.raises(SequenceTooLongError, match="a prompt of 0 tokens"):
+        manager.start([])
+    with (
+        manager.start(prompt(1)),
+        manager.start(prompt(1)),
+        pytest.raises(BlockStateError, match="2 sequences are run"),
+    ):
+        manager.start(prompt(1))
+
+
+def test_a_double_release_is_an_error(manager):
+    seq = manager.start(prompt(3))
+    manager.release(seq)
+    with pytest.raises(BlockStateError, match="is not running"):
+        manager.release(seq)
+    with manager.start(prompt(3)):
+        pass
+    assert manager.stats().held == 0
+
+
+def test_extend_step_by_step(manager):
+    with manager.start(prompt(3)) as one, manager.start(prompt(8, 50)) as two:
+        manager.extend({one: [3, 4], two: [58]})
+        assert one.tokens == prompt(5)
+        assert manager._book.length(one.row) == 5
+        assert len(manager._book.table(one.row)) == 2
+        assert len(manager._book.table(two.row)) == 3
+        manager.register(one)
+        with pytest.raises(OutOfBlocksError):
+            manager.extend({one: prompt(16, 5)})
+        assert one.tokens == prompt(5)
+        assert manager.match(prompt(4)) == 4
+
+
+def test_a_compiled_loop_draws_on_a_grant(manager):
+    @jax.jit
+    def loop(running, grant, counts):
+        def step(carry, _):
+            running, grant, status = grants.extend(*carry, counts)
+            return (running, grant), status
+
+        return jax.lax.scan(step, (running, grant), length=6)
+
+    with manager.start(prompt(6)) as seq:
+        grant = manager.reserve({seq: 10}, max_blocks=4)
+        assert manager.stats().held == 4
+        (running, grant), status = loop(manager.sequences, grant, jnp.array([1, 0], jnp.int32))
+        assert np.all(np.asarray(status) == Status.OK)
+        manager.commit(grant, running, {seq: prompt(6, 6)})
+        assert seq.tokens == prompt(12)
+        assert manager.stats().held == 3
+        assert manager.match(prompt(12)) == 12
+
+
+def test_a_grant_has_bounds(manager):
+    with manager.start(prompt(6)) as seq:
+        with pytest.raises(ConfigError, match="max_blocks is 1, but the growth asked for needs 2 blocks"):
+            manager.reserve({seq: 10}, max_blocks=1)
+        with pytest.raises(SequenceTooLongError, match="a sequence has at most 8"):
+            manager.reserve({seq: 27})
+
+
+def test_blocks_outside_sequences(manager):
+    blocks = manager.allocate_blocks(3)
+    data = np.arange(2 * SIZE * 2, dtype=np.float32).reshape(2, SIZE, 1, 2)
+    manager.store_kv(blocks[1], 1, data)
+    np.testing.assert_array_equal(manager.load_kv(blocks[1], 1), data)
+    np.testing.assert_array_equal(manager.load_kv(blocks[1], 0), np.zeros_like(data))
+    with pytest.raises(LayoutError, match=r"\[C, T, H, D\] = \[2, 4, 1, 2\]"):
+        manager.store_kv(blocks[1], 1, data[:, :3])
+    with pytest.raises(LayoutError, match="layer is 2; the cache has layers 0 to 1"):
+        manager.load_kv(blocks[1], 2)
+    with pytest.raises(BlockStateError, match="named twice"):
+        manager.free_blocks([blocks[0], blocks[0]])
+    manager.free_blocks(blocks)
+    with pytest.raises(BlockStateError, match="does not hold it"):
+        manager.free_blocks(blocks[:1])
+    with manager.allocate_blocks(1)[0] as again:
+        stale = next(block for block in blocks if block.block_id == again.block_id)
+        with pytest.raises(BlockStateError, match="older than its block's present use"):
+            manager.load_kv(stale, 0)
+        manager.free_blocks([again])
+    assert manager.stats() == (8, 0, 0)
+    with pytest.raises(OutOfBlocksError):
+        manager.allocate_blocks(9)
+    assert manager.allocate_blocks(0) == []
+
+
+def test_a_step_that_fails_before_donation_changes_nothing(manager):
+    def broken(cache):
+        raise RuntimeError("no luck")
+
+    with manager.start(prompt(8)) as seq:
+        manager.register(seq)
+        with pytest.raises(RuntimeError, match="no luck"):
+            manager.run(broken)
+        assert manager.match(prompt(8)) == 8
+
+
+def test_a_step_that_fails_after_donation_loses_the_cache_and_says_so(manager):
+    eat = jax.jit(lambda cache: (cache, None), donate_argnums=0)
+
+    def broken(cache):
+        eat(cache)
+        raise RuntimeError("no luck")
+
+    events = manager.subscribe_events()
+    seq = manager.start(prompt(8))
+    manager.register(seq)
+    with pytest.raises(CacheLostError, match="no luck"):
+        manager.run(broken)
+    assert [e.event_type for e in drain(events)] == [EventType.CREATED] * 2 + [EventType.CLEARED]
+    assert seq.released
+    with pytest.raises(BlockStateError, match="is not running"):
+        manager.register(seq)
+    with manager.start(prompt(8)) as seq:
+        assert seq.num_cached == 0
+        assert manager.register(seq) == 2
+
+
+def test_metrics_follow():
+    metrics = InMemoryMetrics()
+    with make(metrics=metrics) as manager:
+        with manager.start(prompt(9)) as seq:
+            manager.register(seq)
+        with manager.start(prompt(9)):
+            found = metrics.snapshot()
+            assert found['kvbm_blocks_allocated{tier="g1"}'] == 3
+            assert found['kvbm_blocks_free{tier="g1"}'] == 5
+        with manager.start(prompt(32, 50)):
+            pass
+        found = metrics.snapshot()
+    assert found["kvbm_prefix_query_tokens_total"] == 9 + 9 + 32
+    assert found["kvbm_prefix_hit_tokens_total"] == 8
+    assert found["kvbm_eviction_count_total"] == 2
+    assert found["kvbm_events_published_total"] == 4
+    assert found["kvbm_allocation_latency_seconds"].count == 3
+
+
+def test_the_queue_is_compacted_in_time():
+    """A pool of few blocks lives through many times the pushes its queue has room for."""
+    with make(num_blocks=4, max_sequences=1) as manager:
+        for turn in range(700):
+            with manager.start(prompt(13, 100 * (turn % 3))) as seq:
+                manager.register(seq)
+        assert manager.stats() == (1, 3, 0)
+        invariants.assert_holds(manager._book._pool)
+
+
+def test_an_index_that_refuses_is_rehashed():
+    """Prompts chosen so that 17 hashes share both sets of the index: the 17th finds them full."""
+    with make(num_blocks=64, max_sequences=1) as manager:
+        sets = manager._book._pool.index.table.shape[0]
+        hashes = {first: hash_sequence(prompt(SIZE, first), SIZE)[0] for first in range(0, 40_000, 7)}
+        keys = jnp.asarray(np.array([[*h, 0] for h in hashes.values()], np.uint32))
+        a, b, _ = (np.asarray(x) for x in block_index._mix(keys, jnp.uint32(0), sets))
+        pairs, counts = np.unique(np.sort(np.stack([a, b]), axis=0), axis=1, return_counts=True)
+        busiest = pairs[:, np.argmax(counts)]
+        mates = [f for f, x, y in zip(hashes, a, b, strict=True) if sorted((x, y)) == sorted(busiest)][:20]
+        assert len(mates) == 20
+        for first in mates:
+            with manager.start(prompt(SIZE, first)) as seq:
+                assert manager.register(seq) == 1
+        assert all(manager.match(prompt(SIZE, first)) == SIZE for first in mates)
+        assert manager._book._seed > 0
+        invariants.assert_holds(manager._book._pool)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_layers": None}, "num_layers unset"),
+        ({"enable_offload": True}, "enable_offload = true"),
+        ({"events": "zmq"}, "events = zmq"),
+        ({"num_blocks": None}, "reports no memory limit"),
+    ],
+)
+def test_what_cannot_be_served_is_refused(changes, message):
+    values = {"block_size": SIZE, "num_blocks": 8, "num_layers": 2, "num_kv_heads": 1, "head_dim": 2}
+    with pytest.raises(ConfigError, match=message):
+        BlockManager(KvBlockManagerConfig(**(values | changes)))
+
+
+def test_host_names_are_loaded_when_asked_for():
+    assert kvbm_jax.BlockManager is BlockManager
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        kvbm_jax.Nothing  # noqa: B018
