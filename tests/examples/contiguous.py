@@ -89,11 +89,11 @@ class ContiguousDecoder:
         shares = c.num_heads // c.num_kv_heads
         x = params["embed"][tokens]
         new_cache = []
-        for (keys, values), p in zip(cache, params["layers"], strict=True):
+        for (old_keys, old_values), p in zip(cache, params["layers"], strict=True):
             heads = (norm(x, p["norm"]) @ p["qkv"]).reshape(count, -1, c.head_dim)
             q, k, v = jnp.split(heads, [c.num_heads, c.num_heads + c.num_kv_heads], axis=1)
-            keys = jax.lax.dynamic_update_slice(keys, rope(k), (start, 0, 0))
-            values = jax.lax.dynamic_update_slice(values, v, (start, 0, 0))
+            keys = jax.lax.dynamic_update_slice(old_keys, rope(k), (start, 0, 0))
+            values = jax.lax.dynamic_update_slice(old_values, v, (start, 0, 0))
             new_cache.append((keys, values))
             grouped = rope(q).reshape(count, c.num_kv_heads, shares, c.head_dim)
             scores = jnp.einsum("skgd,pkd->kgsp", grouped, keys) * c.head_dim**-0.5

