@@ -137,7 +137,8 @@ def start(
 
     Returns:
       Pool, batch and result. A row that does not fit stays empty and holds nothing (OUT_OF_BLOCKS, as are all later
-      ones; TABLE_FULL if the table is too narrow).
+      ones; TABLE_FULL if the table is too narrow). Where the cached prefixes, which may have to be given back, have no
+      room in the inactive queue, no row is begun (QUEUE_FULL; compact the pool and call again).
     """
     groups, batch, width = sequences.block_tables.shape
     count, asked = hashes.shape[:2]
@@ -149,13 +150,17 @@ def start(
     cached = matches[0].num_blocks
     for found in matches[1:]:
         cached = jnp.minimum(cached, found.num_blocks)
+    # A row that does not fit gives back what it held; unless all of that has room in the queue, nothing is begun.
+    room = groups * jnp.sum(cached) <= pool.release_room(state)
+    begun = wide & room
+    cached = jnp.where(begun, cached, 0)
     kept = jnp.arange(asked, dtype=jnp.int32)[None, :] < cached[:, None]
     prefix = jnp.stack([jnp.where(kept, m.block_ids, state.num_blocks) for m in matches], axis=1)  # [R, G, M]
     state, _ = pool.acquire(state, prefix.reshape(count, -1))
 
-    fresh = jnp.where(wide, needed - cached, 0)
+    fresh = jnp.where(begun, needed - cached, 0)
     state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width)
-    granted = wide & (grant.status == Status.OK)
+    granted = begun & (grant.status == Status.OK)
     refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
     state, _ = pool.release(state, _last_first(refused))
 
@@ -174,7 +179,8 @@ def start(
         lengths=sequences.lengths.at[target].set(num_tokens, mode="drop"),
         num_blocks=sequences.num_blocks.at[target].set(needed, mode="drop"),
     )
-    status = jnp.where(wide, grant.status, Status.TABLE_FULL).astype(jnp.int32)
+    status = jnp.where(room, grant.status, Status.QUEUE_FULL)
+    status = jnp.where(wide, status, Status.TABLE_FULL).astype(jnp.int32)
     cached_tokens = jnp.where(granted, cached * sequences.block_size, 0)
     return state, sequences, StartResult(cached_tokens, status, grant.evicted)
 
