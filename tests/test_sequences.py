@@ -1,0 +1,491 @@
+"""Sequences and grants against a plain model on top of the pool's oracle, for one group and for two."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from oracle import OraclePool
+
+from kvbm_jax import grants, invariants, lru, pool, sequences
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.types import Status
+
+pytestmark = pytest.mark.core
+
+B, W, T = 4, 4, 4  # rows, blocks of a table, tokens of a block
+R, M = 2, 3  # rows and hashes of a call
+MAX_BLOCKS = 2
+BLOCKS = {1: 10, 2: 17}  # pool size by number of groups
+OK = Status.OK
+
+
+@functools.cache
+def verbs():
+    return {
+        "start": jax.jit(sequences.start),
+        "extend": jax.jit(functools.partial(sequences.extend, max_blocks=MAX_BLOCKS)),
+        "register": jax.jit(sequences.register),
+        "release": jax.jit(sequences.release),
+        "check": jax.jit(invariants.check),
+        "compact": jax.jit(pool.compact),
+        "reserve": jax.jit(functools.partial(grants.reserve, max_blocks=8)),
+        "commit": jax.jit(grants.commit),
+        "give_back": jax.jit(grants.give_back),
+    }
+
+
+def chain(contents):
+    """A number for each prefix of the contents (0 or 1 a block): equal numbers mean equal prefixes."""
+    numbers, n = [], 1
+    for bit in contents:
+        n = 2 * n + bit
+        numbers.append(n)
+    return numbers
+
+
+def hash_rows(rows):
+    out = np.zeros((R, M, 4), np.uint32)
+    for i, row in enumerate(rows):
+        for j, number in enumerate(row[:M]):
+            out[i, j] = (number, 5, number, 0)
+    return jnp.asarray(out)
+
+
+def column(values, fill):
+    return jnp.array([*values, *[fill] * (R - len(values))], jnp.int32)
+
+
+class Model:
+    """What `sequences` must do, one row after the other."""
+
+    def __init__(self, groups):
+        self.groups = groups
+        self.pool = OraclePool(BLOCKS[groups])
+        self.tables = [[[] for _ in range(B)] for _ in range(groups)]
+        self.lengths = [0] * B
+
+    def _release(self, tables):
+        """Tables are [rows][groups][blocks]."""
+        widest = [max(map(len, table), default=0) for table in tables]
+        laid = [
+            [table[g][j] for j in range(wide) for g in range(self.groups) if j < len(table[g])]
+            for table, wide in zip(tables, widest, strict=True)
+        ]
+        assert set(self.pool.release(laid)) <= {OK}
+
+    def start(self, rows, numbers, num_hashes, num_tokens):
+        needed = [-(-n // T) for n in num_tokens]
+        prefixes = []
+        for chained, count, need in zip(numbers, num_hashes, needed, strict=True):
+            found = [
+                self.pool.match([(n, g) for n in chained[: count if need <= W else 0]]) for g in range(self.groups)
+            ]
+            shortest = min(map(len, found))
+            prefixes.append([blocks[:shortest] for blocks in found])
+        self.pool.acquire([[b for blocks in prefix for b in blocks] for prefix in prefixes])
+        fresh = [need - len(prefix[0]) if need <= W else 0 for need, prefix in zip(needed, prefixes, strict=True)]
+        granted, status, _ = self.pool.allocate([self.groups * count for count in fresh])
+        cached = [0] * len(rows)
+        for i, row in enumerate(rows):
+            if needed[i] > W:
+                status[i] = Status.TABLE_FULL
+            elif status[i] == OK:
+                cached[i] = T * len(prefixes[i][0])
+                for g in range(self.groups):
+                    self.tables[g][row] = prefixes[i][g] + granted[i][g * fresh[i] : (g + 1) * fresh[i]]
+                self.lengths[row] = num_tokens[i]
+                prefixes[i] = [[]] * self.groups
+        self._release(prefixes)
+        return cached, status
+
+    def extend(self, num_tokens):
+        needed = [-(-(self.lengths[b] + num_tokens[b]) // T) for b in range(B)]
+        fresh = [needed[b] - len(self.tables[0][b]) for b in range(B)]
+        bad = [
+            Status.TABLE_FULL if needed[b] > W else Status.INVALID_COUNT if fresh[b] > MAX_BLOCKS else OK
+            for b in range(B)
+        ]
+        granted, status, _ = self.pool.allocate([0 if bad[b] else self.groups * fresh[b] for b in range(B)])
+        for b in range(B):
+            status[b] = bad[b] or status[b]
+            if status[b] == OK:
+                for g in range(self.groups):
+                    self.tables[g][b] += granted[b][g * fresh[b] : (g + 1) * fresh[b]]
+                self.lengths[b] += num_tokens[b]
+        return status
+
+    def register(self, rows, numbers, first):
+        results = []
+        for g in range(self.groups):
+            named = [
+                [(self.tables[g][row][start + j], (n, g)) for j, n in enumerate(chained)]
+                for row, chained, start in zip(rows, numbers, first, strict=True)
+            ]
+            result = self.pool.register(named)
+            for row, start, entries in zip(rows, first, result, strict=True):
+                for j, (block, _, _) in enumerate(entries):
+                    self.tables[g][row][start + j] = block
+            results.append(result)
+        return results
+
+    def release(self, rows):
+        self._release([[self.tables[g][row] for g in range(self.groups)] for row in rows])
+        for row in rows:
+            self.lengths[row] = 0
+            for g in range(self.groups):
+                self.tables[g][row] = []
+
+
+class Driver:
+    """Batch, pool and model, moved together and compared after each call."""
+
+    def __init__(self, groups):
+        self.groups, self.n = groups, BLOCKS[groups]
+        self.pool = pool.init(self.n)
+        self.batch = sequences.init(B, W, block_size=T, pool_blocks=self.n, num_groups=groups)
+        self.model = Model(groups)
+        self.do = verbs()
+
+    def start(self, rows, contents, num_tokens, num_hashes=None):
+        numbers = [chain(c)[:M] for c in contents]
+        if num_hashes is None:
+            num_hashes = [max(min((n - 1) // T, M), 0) for n in num_tokens]
+        self.pool, self.batch, result = self.do["start"](
+            self.pool,
+            self.batch,
+            column(rows, B),
+            hash_rows(numbers),
+            column(num_hashes, 0),
+            column(num_tokens, 0),
+        )
+        cached, status = self.model.start(rows, numbers, num_hashes, num_tokens)
+        assert result.num_cached.tolist()[: len(rows)] == cached
+        assert result.status.tolist()[: len(rows)] == status
+        self.check()
+        return cached, status
+
+    def extend(self, num_tokens):
+        self.pool, self.batch, result = self.do["extend"](self.pool, self.batch, jnp.array(num_tokens, jnp.int32))
+        status = self.model.extend(num_tokens)
+        assert result.status.tolist() == status
+        self.check()
+        return status
+
+    def register(self, rows, contents, first):
+        """Registers the complete blocks from `first` on, at most M."""
+        counts = [min(max(self.model.lengths[r] // T - f, 0), M) for r, f in zip(rows, first, strict=True)]
+        numbers = [chain(c)[f : f + n] for c, f, n in zip(contents, first, counts, strict=True)]
+        self.pool, self.batch, result = self.do["register"](
+            self.pool, self.batch, column(rows, B), hash_rows(numbers), column(first, 0), column(counts, 0)
+        )
+        for g, told in enumerate(self.model.register(rows, numbers, first)):
+            for i, entries in enumerate(told):
+                for j, (block, new, status) in enumerate(entries):
+                    assert int(result.block_ids[g, i, j]) == block
+                    assert bool(result.registered[g, i, j]) == new
+                    assert int(result.status[g, i, j]) == status
+                assert result.block_ids[g, i, len(entries) :].tolist() == [self.n] * (M - len(entries))
+        self.check()
+        return counts
+
+    def release(self, rows):
+        self.pool, self.batch, status = self.do["release"](self.pool, self.batch, column(rows, B))
+        self.model.release(rows)
+        assert status.tolist() == [OK] * R
+        self.check()
+
+    @property
+    def tables(self):
+        return [[[b for b in row if b != self.n] for row in table] for table in self.batch.block_tables.tolist()]
+
+    def check(self):
+        assert self.tables == self.model.tables
+        for table in self.batch.block_tables.tolist():
+            for row, count in zip(table, self.batch.num_blocks.tolist(), strict=True):
+                assert all((b != self.n) == (j < count) for j, b in enumerate(row))
+        assert self.batch.lengths.tolist() == self.model.lengths
+        holders = np.bincount([b for table in self.tables for row in table for b in row], minlength=self.n)
+        assert not any(map(int, self.do["check"](self.pool, jnp.asarray(holders, jnp.int32))))
+        assert stack(self.pool) == self.model.pool.reset
+        assert self.pool.ref_counts.tolist() == self.model.pool.refs
+        assert queue_order(self.pool) == list(self.model.pool.inactive)
+
+
+def stack(state):
+    return state.reset_stack.tolist()[: int(state.num_reset)]
+
+
+def queue_order(state):
+    queue = jax.tree.map(np.asarray, state.inactive)
+    entry = (int(queue.head) + np.arange(int(queue.tail) - int(queue.head))) % len(queue.ring)
+    live = queue.live[entry // 1024, entry % 1024 // 32] >> (entry % 32).astype(np.uint32) & 1
+    return queue.ring[entry[live == 1]].tolist()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_steps_match_the_model(groups, seed):
+    rng = np.random.default_rng([groups, seed])
+    d = Driver(groups)
+    contents, registered, seen = {}, dict.fromkeys(range(B), 0), set()
+    for _ in range(120):
+        empty = [b for b in range(B) if not d.model.lengths[b]]
+        running = [b for b in range(B) if d.model.lengths[b]]
+        move = rng.integers(4)
+        if move == 0 and empty:
+            rows = rng.permutation(empty)[:R].tolist()
+            wanted = [rng.integers(0, 2, W + 1).tolist() for _ in rows]
+            tokens = [int(rng.integers(1, W * T + 2)) for _ in rows]
+            cached, status = d.start(rows, wanted, tokens)
+            seen |= {("start", s) for s in status} | {("cached", c > 0) for c in cached}
+            contents |= dict(zip(rows, wanted, strict=True))
+            registered |= {row: c // T for row, c in zip(rows, cached, strict=True)}
+        elif move == 1:
+            tokens = [int(rng.integers(0, 12)) if b in running and rng.random() < 0.5 else 0 for b in range(B)]
+            seen |= {("extend", s) for s in d.extend(tokens)}
+        elif move == 2 and running:
+            rows = rng.permutation(running)[:R].tolist()
+            counts = d.register(rows, [contents[r] for r in rows], [registered[r] for r in rows])
+            for row, count in zip(rows, counts, strict=True):
+                registered[row] += count
+        elif move == 3 and running and rng.random() < 0.6:
+            d.release(rng.permutation(running)[:R].tolist())
+    assert {("start", OK), ("start", Status.OUT_OF_BLOCKS), ("cached", True), ("extend", OK)} <= seen
+
+
+def test_a_hit_is_what_every_group_can_serve():
+    d = Driver(2)
+    prompt = [1, 0, 1]
+    d.start([0], [prompt], [12])
+    d.register([0], [prompt], [0])
+    d.release([0])
+    # Group 1 loses its last block only: the oldest of the queue is the last group's tail.
+    evict = jax.jit(functools.partial(pool.evict, max_count=1))
+    d.pool, evicted = evict(d.pool, jnp.int32(1))
+    d.model.pool.evict(1)
+    assert evicted.groups.tolist() == [1]
+    cached, _ = d.start([0], [prompt], [13], num_hashes=[3])
+    assert cached == [2 * T]
+
+
+def test_two_sequences_share_their_prefix_and_keep_it_alive():
+    d = Driver(1)
+    first, second = [1, 1, 0, 0], [1, 1, 1, 0]
+    d.start([0], [first], [13])
+    d.register([0], [first], [0])
+    cached, _ = d.start([1, 2], [second, first], [9, 8])
+    assert cached == [2 * T, T]  # the second is capped: it computes its last token
+    tables = d.tables[0]
+    assert tables[1][:2] == tables[0][:2]
+    assert tables[2][0] == tables[0][0] != tables[2][1]
+    d.release([0])
+    assert [d.model.pool.refs[b] for b in tables[1]] == [1 + 1, 1, 1]
+    d.register([2], [first], [1])  # the duplicate gives way to what the second holds
+    assert d.tables[0][2] == tables[1][:2]
+    d.release([1, 2])
+    assert int(pool.stats(d.pool).held) == 0
+
+
+def test_a_row_that_does_not_fit_gives_back_its_prefix_and_later_rows_get_none():
+    d = Driver(1)
+    prompt = [0, 0, 1, 1]
+    d.start([0], [prompt], [12])
+    d.register([0], [prompt], [0])
+    d.release([0])
+    d.start([0], [[1, 1, 1, 1]], [16])
+    d.start([1], [[1, 0, 1, 1]], [16])  # 2 left, both of them the prompt's
+    assert int(pool.stats(d.pool).inactive) == 2
+    cached, status = d.start([2, 3], [prompt, [1]], [16, 1])
+    assert (cached, status) == ([0, 0], [Status.OUT_OF_BLOCKS] * 2)
+    assert queue_order(d.pool) == [1, 0]
+    assert d.tables[0][2:] == [[], []]
+    assert d.start([3, 2], [prompt, prompt], [8, 4])[1] == [OK, Status.OUT_OF_BLOCKS]  # a hit needs no free block
+
+
+def test_tables_that_are_too_narrow_are_told_and_take_nothing():
+    d = Driver(1)
+    assert d.start([0, 1], [[0], [1]], [17, 16])[1] == [Status.TABLE_FULL, OK]
+    assert d.extend([0, 1, 9, 4]) == [OK, Status.TABLE_FULL, Status.INVALID_COUNT, OK]
+    assert d.batch.lengths.tolist() == [0, 16, 0, 4]
+
+
+def test_padding_rows_change_nothing():
+    d = Driver(2)
+    assert d.start([], [], []) == ([], [])
+    d.register([], [], [])
+    d.release([])
+    assert stack(d.pool) == stack(pool.init(d.n))
+
+
+def test_without_room_to_give_a_prefix_back_no_row_is_begun():
+    d = Driver(1)
+    prompt = [0, 1, 0, 1]
+    d.start([0], [prompt], [16])
+    d.register([0], [prompt], [0])
+    d.release([0])
+    table = jnp.array([[0, 1]], jnp.int32)
+
+    @jax.jit
+    def hit_again_and_again(state, blocks, turns):
+        def turn(_, state):
+            return pool.release(pool.acquire(state, blocks)[0], blocks)[0]
+
+        return jax.lax.fori_loop(0, turns, turn, state)
+
+    # Block 2, the oldest, stays at the head of the queue while the prefix is hit until there is room for one push.
+    d.pool = hit_again_and_again(d.pool, table, (int(pool.release_room(d.pool)) - 1) // 2)
+    assert int(lru.room(d.pool.inactive)) == 1
+    before, order = d.pool, queue_order(d.pool)
+    args = (column([0], B), hash_rows([chain(prompt)]), column([2], 0), column([9], 0))
+    state, batch, result = d.do["start"](d.pool, d.batch, *args)
+    assert result.status.tolist()[0] == Status.QUEUE_FULL
+    assert result.num_cached.tolist()[0] == 0
+    jax.tree.map(np.testing.assert_array_equal, batch, d.batch)
+    np.testing.assert_array_equal(state.ref_counts, before.ref_counts)
+    assert queue_order(state) == order
+    _, _, result = d.do["start"](d.do["compact"](state), batch, *args)
+    assert (result.status.tolist()[0], result.num_cached.tolist()[0]) == (OK, 8)
+
+
+def test_release_without_room_keeps_the_sequence_until_the_pool_is_compacted():
+    d = Driver(1)
+    d.start([0], [[0, 1, 0]], [12])
+    d.register([0], [[0, 1, 0]], [0])
+    full = d.pool.inactive
+    full = type(full)(**{**vars(full), "tail": jnp.uint32(2046)})  # as after 2,046 pushes that left holes
+    state = type(d.pool)(**{**vars(d.pool), "inactive": full})
+    state, batch, status = d.do["release"](state, d.batch, column([0], B))
+    assert status.tolist() == [Status.QUEUE_FULL] * R
+    jax.tree.map(np.testing.assert_array_equal, batch, d.batch)
+    state, batch, status = d.do["release"](d.do["compact"](state), batch, column([0], B))
+    assert status.tolist() == [OK] * R
+    assert batch.lengths.tolist() == [0] * B
+
+
+def test_slots():
+    d = Driver(2)
+    d.start([0, 2], [[0], [1]], [6, 3])
+    rows = jnp.array([0, 0, 0, 2, 0, B, 1, 0], jnp.int32)
+    positions = jnp.array([0, 5, 7, 2, 8, 0, 0, W * T], jnp.int32)
+    slots = sequences.slots(d.batch, rows, positions)
+    padding = d.n * T
+    for g in range(2):
+        a, b = d.tables[g][0], d.tables[g][2]
+        expected = [a[0] * T, a[1] * T + 1, a[1] * T + 3, b[0] * T + 2, padding, padding, padding, padding]
+        assert slots[g].tolist() == expected
+
+
+def test_mistakes_of_size_raise():
+    with pytest.raises(LayoutError, match="max_blocks is 0"):
+        sequences.init(1, 0, block_size=4, pool_blocks=4)
+    d = Driver(1)
+    with pytest.raises(LayoutError, match="5 hashes a row exceed the table's 4 blocks"):
+        jax.eval_shape(
+            sequences.start,
+            d.pool,
+            d.batch,
+            column([], B),
+            jnp.zeros((R, 5, 4), jnp.uint32),
+            column([], 0),
+            column([], 0),
+        )
+
+
+# --- grants
+
+
+@functools.cache
+def loop(steps):
+    """`steps` times one token for each row that runs, drawn from a grant."""
+
+    def body(carry, tokens):
+        batch, grant, status = grants.extend(*carry, tokens)
+        return (batch, grant), (status, batch.lengths)
+
+    def run(batch, grant, tokens):
+        return jax.lax.scan(body, (batch, grant), jnp.broadcast_to(tokens[None], (steps, B)))
+
+    return jax.jit(run)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_loop_pops_its_grant_in_row_order_and_the_rest_comes_back_as_it_was(groups):
+    d = Driver(groups)
+    contents = [[1, 0, 0, 1], [0, 1, 0, 1]]
+    d.start([0, 2], contents, [3, 6])
+    before = stack(d.pool)
+    state, reserved = d.do["reserve"](d.pool, jnp.int32(3 * groups + 1))
+    assert int(reserved.status) == OK
+    granted = reserved.grant.block_ids.tolist()[: 3 * groups + 1]
+    assert granted == before[: -(3 * groups + 2) : -1]
+    assert stack(state) == before[: len(before) - len(granted)]
+
+    (batch, grant), (status, _) = loop(5)(d.batch, reserved.grant, jnp.array([1, 0, 1, 0], jnp.int32))
+    assert status.tolist() == [[OK] * B] * 5
+    assert batch.lengths.tolist() == [8, 0, 11, 0]
+    # Row 0 crosses at its 5th token (step 2), row 2 at its 9th (step 3).
+    old = d.tables
+    tables = batch.block_tables.tolist()
+    for g in range(groups):
+        assert tables[g][0] == [*old[g][0], granted[g], d.n, d.n]
+        assert tables[g][2] == [*old[g][2], granted[groups + g], d.n]
+    assert int(grant.used) == 2 * groups
+
+    # commit registers the complete blocks and gives back what is left, so that the stack is what it would have been.
+    numbers = [chain(c)[:2] for c in contents]
+    state, batch, result = d.do["commit"](
+        state, batch, grant, column([0, 2], B), hash_rows(numbers), column([0, 0], 0), column([2, 2], 0)
+    )
+    assert result.registered[:, :, :2].all()
+    assert (result.status == OK).all()
+    assert stack(state) == before[: len(before) - 2 * groups]
+    holders = np.bincount([b for b in batch.block_tables.reshape(-1).tolist() if b != d.n], minlength=d.n)
+    assert not any(map(int, d.do["check"](state, jnp.asarray(holders, jnp.int32))))
+    matched = pool.match(state, hash_rows(numbers), column([2, 2], 0), group=groups - 1)
+    assert matched.block_ids[:, :2].tolist() == [tables[groups - 1][0][:2], tables[groups - 1][2][:2]]
+
+
+def test_an_empty_grant_refuses_the_first_row_and_all_later_ones():
+    d = Driver(1)
+    d.start([0, 1], [[0], [1]], [4, 3])
+    d.start([2], [[1]], [8])
+    _, reserved = d.do["reserve"](d.pool, jnp.int32(1))
+    (batch, grant), (status, lengths) = loop(3)(d.batch, reserved.grant, jnp.array([1, 1, 1, 0], jnp.int32))
+    # Step 1: row 0 takes the one block, row 1 fills its first, row 2 finds the grant empty; then row 1 does.
+    assert status.tolist() == [
+        [OK, OK, Status.OUT_OF_BLOCKS, Status.OUT_OF_BLOCKS],
+        [OK, *[Status.OUT_OF_BLOCKS] * 3],
+        [OK, *[Status.OUT_OF_BLOCKS] * 3],
+    ]
+    assert lengths.tolist() == [[5, 4, 8, 0], [6, 4, 8, 0], [7, 4, 8, 0]]
+    assert (int(grant.used), int(grant.count)) == (1, 1)
+    assert batch.num_blocks.tolist() == [2, 1, 2, 0]
+
+
+def test_a_grant_tells_full_tables_and_jumps_beyond_its_bound():
+    d = Driver(1)
+    d.start([0], [[0]], [16])
+    _, reserved = d.do["reserve"](d.pool, jnp.int32(4))
+    _, (status, lengths) = loop(1)(d.batch, reserved.grant, jnp.array([1, 5, 3, 0], jnp.int32))
+    assert status.tolist() == [[Status.TABLE_FULL, Status.INVALID_COUNT, OK, OK]]
+    assert lengths.tolist() == [[16, 0, 3, 0]]
+
+
+def test_reserving_evicts_and_is_all_or_nothing():
+    d = Driver(1)
+    d.start([0], [[0, 1, 1]], [12])
+    d.register([0], [[0, 1, 1]], [0])
+    d.release([0])
+    state, reserved = d.do["reserve"](d.pool, jnp.int32(8))
+    assert int(reserved.evicted.num_blocks) == 1
+    assert reserved.evicted.hashes.tolist()[0] == [chain([0, 1, 1])[-1], 5, chain([0, 1, 1])[-1], 0]
+    _, refused = d.do["reserve"](state, jnp.int32(3))
+    assert int(refused.status) == Status.OUT_OF_BLOCKS
+    assert (int(refused.grant.count), int(refused.evicted.num_blocks)) == (0, 0)
+    _, invalid = d.do["reserve"](state, jnp.int32(9))
+    assert int(invalid.status) == Status.INVALID_COUNT
+    again = d.do["give_back"](state, reserved.grant)
+    assert stack(again) == [reserved.grant.block_ids.tolist()[7], *stack(d.pool)]
+    assert not any(map(int, d.do["check"](again)))
