@@ -97,6 +97,8 @@ def store_kv(
     Raises:
       LayoutError: at trace time, if the shapes do not fit.
     """
+    if keys.shape != values.shape:
+        raise LayoutError(f"keys are {list(keys.shape)}, values {list(values.shape)}; both are [S, H, D]")
     array, first = layer_view(cache, layer)
     data = jnp.stack([keys, values], axis=1)
     offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
@@ -115,7 +117,12 @@ def load_kv(
 
     Returns:
       Keys and values, [S, H, D] each.
+
+    Raises:
+      LayoutError: if the cache does not hold two components, keys and values.
     """
+    if cache.layout.components != 2:
+        raise LayoutError(f"the cache's layout has components = {cache.layout.components}; keys and values are 2")
     array, first = layer_view(cache, layer)
     offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
     data = kernels.load_kv(array, offset_slots, implementation=implementation)
@@ -175,7 +182,15 @@ def copy_blocks(
     *,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> KVCache:
-    """Copies blocks sources i32[M] to targets i32[M], distinct, in all layers; a target N drops the copy."""
+    """Copies blocks sources i32[M] to targets i32[M], distinct, in all layers; a target N drops the copy.
+
+    All reads come before all writes.
+
+    Raises:
+      LayoutError: at trace time, if there are not as many sources as targets.
+    """
+    if sources.shape != targets.shape:
+        raise LayoutError(f"{sources.shape[0]} sources for {targets.shape[0]} targets; give one target for each")
     if cache.layout.kind is LayoutKind.LAYER_STACKED:
         array, _ = layer_view(cache, 0)
         sources, targets = (_in_all_layers(cache.layout, ids) for ids in (sources, targets))
