@@ -2,7 +2,8 @@
 
 Requests run one after the other, each finished before the next starts: match the longest resident prefix and hold it,
 allocate the rest, register, release. Bookkeeping only; no bytes move. Runs of requests go through one compiled loop,
-padded to one of a few widths.
+padded to one of a few widths. Tiers below the device are victim tiers, which never change what the device does: they
+are played afterwards, from the hits and evictions that the loop reports.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ import functools
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +19,8 @@ import numpy as np
 
 from kvbm_jax import pool, traces
 from kvbm_jax.errors import ConfigError, InvariantError
+from kvbm_jax.offload.victims import VictimTiers
+from kvbm_jax.protocols import Tier
 from kvbm_jax.types import Status
 
 __all__ = ["ReplayResult", "replay", "replay_requests"]
@@ -56,16 +60,29 @@ class _Batch:
     requests: int
 
 
-def replay(paths: Sequence[Path], num_blocks: int, *, limit: int | None = None) -> ReplayResult:
+@dataclasses.dataclass
+class _Totals:
+    """What the requests so far add up to."""
+
+    hits: dict[Tier, int]
+    evictions: int = 0
+    rejected: int = 0
+
+
+def replay(
+    paths: Sequence[Path], num_blocks: int, *, host_blocks: int = 0, disk_blocks: int = 0, limit: int | None = None
+) -> ReplayResult:
     """Replays trace files, in order, as one stream of requests.
 
     Args:
       paths: the files; equal ids in two files mean the same block.
       num_blocks: blocks of the pool.
+      host_blocks: blocks of tier G2, 0 for none.
+      disk_blocks: blocks of tier G3, 0 for none.
       limit: stop after this many requests in all.
 
     Raises:
-      ConfigError: if `num_blocks` or `limit` is not positive.
+      ConfigError: if a size or `limit` is out of range.
       TraceError: if a file cannot be read or a line is not a request.
     """
     if limit is not None and limit < 1:
@@ -74,67 +91,99 @@ def replay(paths: Sequence[Path], num_blocks: int, *, limit: int | None = None) 
     for path in paths:
         left = None if limit is None else limit - len(requests)
         requests.extend(traces.read(path, limit=left))
-    return replay_requests(requests, num_blocks)
+    return replay_requests(requests, num_blocks, host_blocks=host_blocks, disk_blocks=disk_blocks)
 
 
-def replay_requests(requests: Sequence[np.ndarray], num_blocks: int) -> ReplayResult:
+def replay_requests(
+    requests: Sequence[np.ndarray], num_blocks: int, *, host_blocks: int = 0, disk_blocks: int = 0
+) -> ReplayResult:
     """Replays requests given as arrays of prefix-chained ids, u64[blocks] each.
 
     Raises:
-      ConfigError: if `num_blocks` is not positive.
+      ConfigError: if `num_blocks` is not positive, or the size of a tier negative.
     """
     if num_blocks < 1:
         raise ConfigError(f"num_blocks is {num_blocks}; a pool has at least 1 block")
+    for name, blocks in (("host_blocks", host_blocks), ("disk_blocks", disk_blocks)):
+        if blocks < 0:
+            raise ConfigError(f"{name} is {blocks}; it must be at least 0")
+    tiers = VictimTiers[int]([(Tier.G2, host_blocks), (Tier.G3, disk_blocks)]) if host_blocks or disk_blocks else None
+    totals = _Totals(dict.fromkeys((Tier.G1, Tier.G2, Tier.G3), 0))
     device = jax.local_devices(backend="cpu")[0]
     with jax.default_device(device):
         state = pool.init(num_blocks)
         room = int(pool.release_room(state))
-        batches = list(_batches(requests, room))
+        batches = list(_batches(requests, num_blocks, room))
+        run = functools.partial(_run, with_evicted=tiers is not None)
         for width in sorted({batch.ids.shape[1] for batch in batches}):
-            _warm_up(num_blocks, width)
+            empty = _pad([], width)
+            jax.device_get(run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)[1])
 
-        totals = np.zeros((3,), np.int64)
         start = time.perf_counter()
         pushed = 0
-        pending = []
+        done = []
         for batch in batches:
-            pushes = int(batch.counts.sum())
+            pushes = int(np.minimum(batch.counts, num_blocks).sum())
             if pushed + pushes > room:
                 state, pushed = _compact(state), 0
             pushed += pushes
-            state, counts = _run(state, _split(batch.ids), batch.counts, batch.requests)
-            pending.append(counts)
-        for counts in pending:
-            totals += np.asarray(counts)
+            state, report = run(state, _split(batch.ids), batch.counts, batch.requests)
+            done.append((batch, report))
+        for batch, report in done:
+            _add(totals, batch, jax.device_get(report), tiers)
         seconds = time.perf_counter() - start
-    if pushed and int(pool.stats(state).held):
-        raise InvariantError(f"{int(pool.stats(state).held)} blocks are still held after the last request")
+    held = int(pool.stats(state).held)
+    if held:
+        raise InvariantError(f"{held} blocks are still held after the last request")
 
     refs = sum(len(ids) for ids in requests)
-    hits, evictions, rejected = (int(n) for n in totals)
     return ReplayResult(
         requests=len(requests),
         block_refs=refs,
-        hits={"g1": hits, "g2": 0, "g3": 0},
-        hit_rate=hits / refs if refs else 0.0,
-        evictions=evictions,
-        rejected=rejected,
+        hits={tier.label: count for tier, count in totals.hits.items()},
+        hit_rate=sum(totals.hits.values()) / refs if refs else 0.0,
+        evictions=totals.evictions,
+        rejected=totals.rejected,
         seconds=seconds,
         us_per_request=seconds / len(requests) * 1e6 if requests else 0.0,
     )
 
 
-def _batches(requests: Iterable[np.ndarray], room: int) -> Iterator[_Batch]:
+def _add(totals: _Totals, batch: _Batch, report: "_Report", tiers: VictimTiers[int] | None) -> None:
+    """Adds a batch to the totals, and plays it through the lower tiers."""
+    totals.hits[Tier.G1] += int(report.hits.sum())
+    totals.evictions += int(report.evictions.sum())
+    totals.rejected += int(report.rejected.sum())
+    if tiers is None:
+        return
+    evicted_ids = np.ascontiguousarray(report.evicted).view("<u8")[..., 0]
+    for row in range(batch.requests):
+        hits = int(report.hits[row])
+        below = []
+        for key in batch.ids[row, hits : batch.counts[row]].tolist():
+            tier = tiers.locate(key)
+            if tier is None:
+                break
+            below.append((key, tier))
+        for key, tier in below:
+            tiers.touch(key, tier)
+            totals.hits[tier] += 1
+        for key in evicted_ids[row, : report.evictions[row]].tolist():
+            tiers.offer(key)
+
+
+def _batches(requests: Iterable[np.ndarray], num_blocks: int, room: int) -> Iterator[_Batch]:
     """Cuts the stream into runs of requests of one padded width that fit the room of the inactive queue."""
     run: list[np.ndarray] = []
     width = pushes = 0
     for ids in requests:
         wanted = _width(len(ids))
-        if run and (wanted != width or len(run) == _REQUESTS_PER_CALL or pushes + len(ids) > room):
+        may_push = min(len(ids), num_blocks)
+        if run and (wanted != width or len(run) == _REQUESTS_PER_CALL or pushes + may_push > room):
             yield _pad(run, width)
             run, pushes = [], 0
         run.append(ids)
-        width, pushes = wanted, pushes + len(ids)
+        width, pushes = wanted, pushes + may_push
     if run:
         yield _pad(run, width)
 
@@ -161,43 +210,54 @@ def _split(ids: np.ndarray) -> np.ndarray:
     return np.concatenate([words, np.zeros_like(words)], axis=-1)
 
 
-def _warm_up(num_blocks: int, width: int) -> None:
-    """Compiles the programs of one width, by running them on an empty batch."""
-    empty = _pad([], width)
-    state, _ = _run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)
-    jax.tree.map(lambda leaf: leaf.block_until_ready(), state)
-
-
 _compact = jax.jit(pool.compact, donate_argnums=0)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
+class _Report(NamedTuple):
+    """What became of the requests of a batch."""
+
+    hits: jax.Array  # i32[64]
+    evictions: jax.Array  # i32[64]
+    rejected: jax.Array  # i32[64]
+    evicted: jax.Array  # u32[64, width, 2]: ids in order of eviction, or u32[64, 0, 2] if nobody asks
+
+
+@functools.partial(jax.jit, donate_argnums=0, static_argnames="with_evicted")
 def _run(
-    state: pool.PoolState, hashes: jax.Array, counts: jax.Array, requests: jax.Array
-) -> tuple[pool.PoolState, jax.Array]:
-    """Replays the first `requests` rows; donates the state. Returns i32[3]: hits, evictions, rejected requests."""
+    state: pool.PoolState, hashes: jax.Array, counts: jax.Array, requests: jax.Array, *, with_evicted: bool
+) -> tuple[pool.PoolState, _Report]:
+    """Replays the first `requests` rows of hashes u32[64, width, 4]; donates the state."""
+    rows, width = hashes.shape[:2]
+    zeros = jnp.zeros((rows,), jnp.int32)
+    report = _Report(zeros, zeros, zeros, jnp.zeros((rows, width if with_evicted else 0, 2), jnp.uint32))
 
-    def body(row: jax.Array, carry: tuple[pool.PoolState, jax.Array]) -> tuple[pool.PoolState, jax.Array]:
-        state, totals = carry
-        state, counted = _request(state, hashes[row], counts[row])
-        return state, totals + counted
+    def body(row: jax.Array, carry: tuple[pool.PoolState, _Report]) -> tuple[pool.PoolState, _Report]:
+        state, report = carry
+        state, hits, grant = _request(state, hashes[row], counts[row])
+        return state, _Report(
+            report.hits.at[row].set(hits),
+            report.evictions.at[row].set(grant.evicted.num_blocks),
+            report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
+            report.evicted.at[row].set(grant.evicted.hashes[:, :2]) if with_evicted else report.evicted,
+        )
 
-    state, totals = jax.lax.fori_loop(0, requests, body, (state, jnp.zeros((3,), jnp.int32)))
-    return state, totals
+    state, report = jax.lax.fori_loop(0, requests, body, (state, report))
+    return state, report
 
 
-def _request(state: pool.PoolState, hashes: jax.Array, count: jax.Array) -> tuple[pool.PoolState, jax.Array]:
-    """One request: hashes u32[W, 4], of which the first `count` are asked for."""
+def _request(
+    state: pool.PoolState, hashes: jax.Array, count: jax.Array
+) -> tuple[pool.PoolState, jax.Array, pool.AllocateResult]:
+    """One request: hashes u32[width, 4], of which the first `count` are asked for. Returns hits i32[] and the grant."""
     width = hashes.shape[0]
     column = jnp.arange(width, dtype=jnp.int32)
     matched = pool.match(state, hashes[None], count[None])
     hits = matched.num_blocks[0]
     state, _ = pool.acquire(state, matched.block_ids)
     state, grant = pool.allocate(state, (count - hits)[None], max_blocks=width)
-    granted = grant.status[0] == Status.OK
     fresh = grant.block_ids[0].at[column - hits].get(mode="clip")
-    new = granted & (column >= hits) & (column < count)
+    new = (grant.status[0] == Status.OK) & (column >= hits) & (column < count)
     state, result = pool.register(state, jnp.where(new, fresh, state.num_blocks)[None], hashes[None])
     held = jnp.where(column < hits, matched.block_ids[0], result.block_ids[0])
     state, _ = pool.release(state, held[None])
-    return state, jnp.stack([hits, grant.evicted.num_blocks, 1 - granted.astype(jnp.int32)])
+    return state, hits, grant

@@ -14,6 +14,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, replayed in order as one")
     parser.add_argument("--num-blocks", type=_positive, required=True, metavar="N", help="blocks of the pool")
+    parser.add_argument("--host-blocks", type=_count, default=0, metavar="N", help="blocks of tier G2 (default none)")
+    parser.add_argument("--disk-blocks", type=_count, default=0, metavar="N", help="blocks of tier G3 (default none)")
     parser.add_argument("--limit", type=_positive, metavar="R", help="stop after this many requests")
 
 
@@ -21,7 +23,14 @@ def run(args: argparse.Namespace) -> Report:
     """Replays the traces."""
     from kvbm_jax.replay import replay  # noqa: PLC0415 (it compiles; `--help` need not)
 
-    data = replay(args.traces, args.num_blocks, limit=args.limit).as_dict()
+    result = replay(
+        args.traces,
+        args.num_blocks,
+        host_blocks=args.host_blocks,
+        disk_blocks=args.disk_blocks,
+        limit=args.limit,
+    )
+    data = result.as_dict()
     rows = []
     for name, value in data.items():
         words = name.replace("_", " ")
@@ -36,6 +45,12 @@ def _number(name: str, value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}"
     return f"{value:.1%}" if name.endswith("_rate") else f"{value:,.3f}"
+
+
+def _count(text: str) -> int:
+    if not text.isascii() or not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is no integer >= 0")
+    return int(text)
 
 
 def _positive(text: str) -> int:

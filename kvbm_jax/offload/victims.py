@@ -1,0 +1,86 @@
+"""Which tier below the device holds what: non-exclusive least-recently-used victim tiers, bookkeeping only.
+
+A block evicted above is offered below. A tier that holds it already makes it its most recent; otherwise it is inserted
+as most recent, and where the tier was full its least recent is offered to the next tier in the same way. What the last
+tier takes out is gone. A block brought back up stays where it was and becomes the most recent of its tier. A tier of
+capacity 0 passes every offer on. The order of calls decides everything: no clocks, no threads, no bytes.
+
+    G1 --evicted--> [ G2: most recent ... least recent ] --full--> [ G3: most recent ... least recent ] --full--> gone
+"""
+
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
+
+from kvbm_jax.protocols import Tier
+
+__all__ = ["Move", "VictimTiers"]
+
+
+class Move[K](NamedTuple):
+    """What an offer does to one block."""
+
+    key: K
+    source: Tier  # the tier that gives it up
+    target: Tier | None  # where it goes; None: nowhere, it is gone
+    present: bool = False  # the target held it already
+
+
+class VictimTiers[K: Hashable]:
+    """Recency of the blocks in each tier below G1.
+
+    Args:
+      capacities: (tier, blocks) from the fastest down.
+    """
+
+    def __init__(self, capacities: Sequence[tuple[Tier, int]]) -> None:
+        self._capacities = tuple(capacities)
+        self._held: dict[Tier, OrderedDict[K, None]] = {tier: OrderedDict() for tier, _ in capacities}
+
+    def locate(self, key: K) -> Tier | None:
+        """Returns the fastest tier that holds a block."""
+        return next((tier for tier, held in self._held.items() if key in held), None)
+
+    def holds(self, key: K, tier: Tier) -> bool:
+        """Returns whether one tier holds a block."""
+        return key in self._held[tier]
+
+    def touch(self, key: K, tier: Tier) -> None:
+        """Makes a block that was hit the most recent of its tier."""
+        self._held[tier].move_to_end(key)
+
+    def offer(self, key: K, source: Tier = Tier.G1) -> list[Move[K]]:
+        """Offers a block that a tier gives up to the tiers below it.
+
+        Returns:
+          What happens, first to this block, then to those that have to make way for it.
+        """
+        moves: list[Move[K]] = []
+        for tier, capacity in self._capacities:
+            if tier <= source or capacity == 0:
+                continue
+            held = self._held[tier]
+            if key in held:
+                held.move_to_end(key)
+                moves.append(Move(key, source, tier, present=True))
+                return moves
+            moves.append(Move(key, source, tier))
+            victim = held.popitem(last=False)[0] if len(held) >= capacity else None
+            held[key] = None
+            if victim is None:
+                return moves
+            key, source = victim, tier
+        moves.append(Move(key, source, None))
+        return moves
+
+    def discard(self, key: K, tier: Tier) -> None:
+        """Forgets a block that a tier turned out not to hold, or has lost."""
+        self._held[tier].pop(key, None)
+
+    def oldest_first(self, tier: Tier) -> Iterator[K]:
+        """Yields the blocks of a tier, least recent first."""
+        return iter(self._held[tier])
+
+    def count(self, tier: Tier) -> int:
+        """Returns how many blocks a tier holds."""
+        return len(self._held[tier])
