@@ -32,7 +32,7 @@ FLOORS = {
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step"],
-    2: ["hashing", "config", "events", "metrics"],
+    2: ["hashing", "identity", "config", "events", "metrics"],
     3: ["offload", "transfer"],
     4: ["bookkeeper", "handles", "manager", "connector", "snapshot", "controller", "replay", "traces"],
     5: ["cli", "flax", "__main__"],

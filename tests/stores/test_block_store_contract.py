@@ -10,10 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError
+from kvbm_jax.identity import CacheIdentity
+from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import MemoryBlockStore, NullBlockStore
+from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockKey, BlockRecord, BlockStore, Outcome, Tier
 
 BLOCK_BYTES = 48
+IDENTITY = CacheIdentity.of(KVLayout(1, 4, 4, 1, 6, "uint8"), model_id="none", hash_algorithm="blake3")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +31,7 @@ class StoreCase:
 
 STORES = [
     StoreCase("memory", lambda folder, block_bytes, capacity: MemoryBlockStore(block_bytes, capacity=capacity)),
+    StoreCase("host", lambda folder, block_bytes, capacity: HostBlockStore(block_bytes, capacity, identity=IDENTITY)),
     StoreCase("null", lambda folder, block_bytes, capacity: NullBlockStore(block_bytes), holds=False),
 ]
 every_store = pytest.mark.parametrize("case", STORES, ids=lambda case: case.name)
@@ -46,9 +51,7 @@ def key(number, group_idx=0):
 
 def record(number, group_idx=0):
     parent = None if number == 0 else key(number - 1).sequence_hash
-    return BlockRecord(
-        key(number, group_idx), parent, tuple(range(number, number + 4)), "lora" if number % 2 else None
-    )
+    return BlockRecord(key(number, group_idx), parent, tuple(range(number, number + 4)), "lora" if number % 2 else None)
 
 
 def block(number, group_idx=0):

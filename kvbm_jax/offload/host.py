@@ -1,0 +1,234 @@
+"""G2: blocks in one arena of host memory.
+
+The arena lies at one address from opening to closing. It is cut into slots, one block each, whose stride is the block's
+size rounded up to whole pages, so that a transfer library can register it once and address any block:
+
+    address                address + slot_stride
+    | block 0 .... | pad   | block 1 .... | pad   | ...      block_id = slot number
+
+Copies run on one worker thread, in the order of the calls, so no caller ever waits for one. Every block has an xxh3-64
+checksum, taken from its slot as it is put and compared with what has arrived in the reader's buffer as it is got: the
+bytes that are verified are the bytes that are used. It is a shelf: it never evicts, it does not survive the process.
+
+Axes: n blocks of a call, P bytes of a block, N slots.
+"""
+
+import collections
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import xxhash
+from numpy.typing import NDArray
+
+from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError
+from kvbm_jax.identity import CacheIdentity
+from kvbm_jax.offload.allocator import PAGE_BYTES, Allocator, AnonymousAllocator
+from kvbm_jax.protocols import BlockKey, BlockRecord, Outcome, StoreRow, StoreStats, Tier
+
+__all__ = ["HostBlockStore"]
+
+type Rows = tuple[StoreRow, ...]
+
+
+class _Held(NamedTuple):
+    slot: int
+    record: BlockRecord
+    checksum: int
+
+
+class HostBlockStore:
+    """Blocks in host memory.
+
+    Args:
+      block_bytes: Bytes of one block, `P`.
+      num_blocks: Slots of the arena, `N`.
+      identity: What the blocks' bytes mean.
+      allocator: Where the arena's memory comes from; None for fresh memory.
+
+    Raises:
+      ConfigError: A size is not positive, or the memory cannot be had.
+    """
+
+    def __init__(
+        self, block_bytes: int, num_blocks: int, *, identity: CacheIdentity, allocator: Allocator | None = None
+    ) -> None:
+        for name, value in (("block_bytes", block_bytes), ("num_blocks", num_blocks)):
+            if value < 1:
+                raise ConfigError(f"{name} = {value}: allowed is an integer >= 1")
+        self._block_bytes = block_bytes
+        self._identity = identity
+        self._allocator = allocator or AnonymousAllocator()
+        self._stride = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
+        self._memory: NDArray[np.uint8] | None = self._allocator.allocate(num_blocks * self._stride)
+        self._address = self._memory.ctypes.data
+        self._num_blocks = num_blocks
+        self._held: dict[BlockKey, _Held] = {}
+        self._free = list(range(num_blocks - 1, -1, -1))
+        self._counts = dict.fromkeys(("puts", "refused", "hits", "misses", "corrupt", "deletes"), 0)
+        self._calls: collections.deque[Future[Rows]] = collections.deque()  # not done when last looked at
+        self._closed = False
+        self._worker: ThreadPoolExecutor | None = None
+        self._lock = threading.Lock()
+
+    @property
+    def tier(self) -> Tier:
+        """G2."""
+        return Tier.G2
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one block, `P`."""
+        return self._block_bytes
+
+    @property
+    def identity(self) -> CacheIdentity:
+        """What the blocks' bytes mean."""
+        return self._identity
+
+    @property
+    def address(self) -> int:
+        """Where slot 0 begins, a multiple of 4,096."""
+        return self._address
+
+    @property
+    def slot_stride(self) -> int:
+        """Bytes from one slot to the next, a multiple of 4,096."""
+        return self._stride
+
+    @property
+    def slots(self) -> NDArray[np.uint8]:
+        """The arena's blocks, u8[N, P], row = block_id; a view, to register and to read, not to write."""
+        with self._lock:
+            self._check_open()
+            return self._slots()
+
+    def put(self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]) -> Future[Rows]:
+        """Copies `blocks`, u8[n, P], into free slots."""
+        self._check_buffer(len(records), blocks, "blocks")
+        kept = tuple(records)
+        return self._submit(lambda: tuple(self._put(record, row) for record, row in zip(kept, blocks, strict=True)))
+
+    def get(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> Future[Rows]:
+        """Copies blocks into `out`, u8[n, P], and verifies them there."""
+        self._check_buffer(len(keys), out, "out")
+        if not out.flags.writeable:
+            raise LayoutError("out is read-only; blocks are read into it")
+        kept = tuple(keys)
+        return self._submit(lambda: tuple(self._get(key, row) for key, row in zip(kept, out, strict=True)))
+
+    def delete(self, keys: Sequence[BlockKey]) -> Future[Rows]:
+        """Frees the slots of blocks."""
+        kept = tuple(keys)
+        return self._submit(lambda: tuple(self._delete(key) for key in kept))
+
+    def contains(self, keys: Sequence[BlockKey]) -> tuple[bool, ...]:
+        """Returns which blocks it holds."""
+        with self._lock:
+            self._check_open()
+            return tuple(key in self._held for key in keys)
+
+    def records(self) -> Iterator[tuple[int, BlockRecord]]:
+        """Yields (block_id, record) of every block held when called, the oldest put first."""
+        with self._lock:
+            self._check_open()
+            return iter([(held.slot, held.record) for held in self._held.values()])
+
+    def stats(self) -> StoreStats:
+        """Returns its size and counters."""
+        with self._lock:
+            pending = sum(not call.done() for call in self._calls)
+            return StoreStats(len(self._held), self._num_blocks, pending, **self._counts)
+
+    def close(self) -> None:
+        """Waits for the call under way, cancels those behind it, and gives the memory back."""
+        with self._lock:
+            self._closed = True
+            worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.shutdown(wait=True, cancel_futures=True)
+        with self._lock:
+            memory, self._memory = self._memory, None
+            self._held.clear()
+        if memory is not None:
+            self._allocator.release(memory)
+
+    # What follows runs on the worker, which alone writes slots and changes `_held`.
+
+    def _put(self, record: BlockRecord, block: NDArray[np.uint8]) -> StoreRow:
+        held = self._held.get(record.key)
+        if held is not None:
+            return StoreRow(Outcome.PRESENT, held.slot)
+        if not self._free:
+            with self._lock:
+                self._counts["refused"] += 1
+            return StoreRow(Outcome.REFUSED, reason=f"full: {self._num_blocks} of {self._num_blocks} blocks held")
+        slot = self._free.pop()
+        target = self._slots()[slot]
+        np.copyto(target, block)
+        held = _Held(slot, record, xxhash.xxh3_64_intdigest(target))
+        with self._lock:
+            self._held[record.key] = held
+            self._counts["puts"] += 1
+        return StoreRow(Outcome.OK, slot)
+
+    def _get(self, key: BlockKey, out: NDArray[np.uint8]) -> StoreRow:
+        held = self._held.get(key)
+        if held is None:
+            with self._lock:
+                self._counts["misses"] += 1
+            return StoreRow(Outcome.MISS)
+        np.copyto(out, self._slots()[held.slot])
+        found = xxhash.xxh3_64_intdigest(np.ascontiguousarray(out))
+        if found != held.checksum:
+            self._drop(key, held, "corrupt")
+            reason = f"checksum {found:016x}, stored with {held.checksum:016x}"
+            return StoreRow(Outcome.CORRUPT, held.slot, reason=reason)
+        with self._lock:
+            self._counts["hits"] += 1
+        return StoreRow(Outcome.OK, held.slot, held.record)
+
+    def _delete(self, key: BlockKey) -> StoreRow:
+        held = self._held.get(key)
+        if held is None:
+            return StoreRow(Outcome.MISS)
+        self._drop(key, held, "deletes")
+        return StoreRow(Outcome.OK, held.slot)
+
+    def _drop(self, key: BlockKey, held: _Held, counter: str) -> None:
+        with self._lock:
+            del self._held[key]
+            self._free.append(held.slot)
+            self._counts[counter] += 1
+
+    # What follows runs anywhere.
+
+    def _slots(self) -> NDArray[np.uint8]:
+        assert self._memory is not None  # noqa: S101 (gone only after the worker)
+        return self._memory.reshape(self._num_blocks, self._stride)[:, : self._block_bytes]
+
+    def _submit(self, call: Callable[[], Rows]) -> Future[Rows]:
+        with self._lock:
+            self._check_open()
+            while self._calls and self._calls[0].done():
+                self._calls.popleft()
+            if self._worker is None:
+                self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvbm-host-store")
+            future = self._worker.submit(call)
+            self._calls.append(future)
+        return future
+
+    def _check_buffer(self, count: int, blocks: NDArray[np.uint8], name: str) -> None:
+        with self._lock:
+            self._check_open()
+        if blocks.dtype != np.uint8 or blocks.shape != (count, self._block_bytes):
+            raise LayoutError(
+                f"{name} must be uint8[{count}, {self._block_bytes}], a row for each of {count} keys; it is "
+                f"{blocks.dtype}{list(blocks.shape)}"
+            )
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BlockStateError("the store is closed")
