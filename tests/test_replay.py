@@ -1,0 +1,171 @@
+"""Replays against the oracle, on synthetic traces and on the conversation trace."""
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from oracle import OraclePool
+from synthetic import conversations, write
+
+from kvbm_jax import traces
+from kvbm_jax.errors import ConfigError, TraceError
+from kvbm_jax.replay import replay, replay_requests
+from kvbm_jax.types import Status
+
+TRACES = Path(os.environ.get("KVBM_TRACES") or Path(__file__).parents[1] / ".." / "shared" / "traces")
+CONVERSATION = TRACES / "mooncake_conversation.jsonl"
+
+
+def as_arrays(requests):
+    return [np.array(ids, np.uint64) for ids in requests]
+
+
+def expected(requests, num_blocks):
+    """Hits, evictions and rejected requests, by the rule in the traces' README."""
+    pool = OraclePool(num_blocks)
+    hits = evictions = rejected = 0
+    for ids in requests:
+        keys = [(number,) for number in ids]
+        held = pool.match(keys)
+        pool.acquire([held])
+        hits += len(held)
+        granted, (status,), evicted = pool.allocate([len(ids) - len(held)])
+        evictions += len(evicted)
+        if status == Status.OK:
+            named = list(zip(granted[0], keys[len(held) :], strict=True))
+            held = held + [block for block, _, _ in pool.register([named])[0]]
+        else:
+            rejected += 1
+        pool.release([held])
+    return hits, evictions, rejected
+
+
+def check(requests, num_blocks):
+    result = replay_requests(as_arrays(requests), num_blocks)
+    assert (result.hits["g1"], result.evictions, result.rejected) == expected(requests, num_blocks)
+    assert (result.requests, result.block_refs) == (len(requests), sum(map(len, requests)))
+    assert result.hit_rate == pytest.approx(result.hits["g1"] / max(result.block_refs, 1))
+    return result
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(("seed", "num_blocks"), [(0, 60), (1, 60), (2, 9), (3, 1000)])
+def test_synthetic_conversations(seed, num_blocks):
+    requests = conversations(seed, requests=300, longest=28)
+    result = check(requests, num_blocks)
+    assert result.hits["g1"] > 0
+    assert (result.evictions > 0) == (num_blocks < 1000)
+    assert (result.rejected > 0) == (num_blocks == 9)
+
+
+@pytest.mark.core
+def test_requests_of_every_width_and_one_larger_than_the_pool():
+    rng = np.random.default_rng(4)
+    long = [rng.integers(0, 2**63, n).tolist() for n in (31, 32, 33, 256, 257, 300, 1500)]
+    requests = []
+    for _ in range(3):
+        for ids in (long[i] for i in rng.permutation(len(long))):
+            requests += [ids, [], ids[:20], [*ids[: len(ids) // 2], 7, 8, 9]]
+    result = check(requests, 1000)
+    assert result.rejected >= 3
+    assert result.hits["g1"] > 1000
+
+
+@pytest.mark.core
+def test_ids_that_repeat_within_a_request():
+    check([[1, 2, 1, 3], [1, 2, 1, 3], [5, 5, 5], [5, 5]], 60)
+
+
+@pytest.mark.core
+def test_ids_use_all_64_bits():
+    top = 2**64 - 1
+    low, high = 7, 7 + 2**32  # equal in their lower half
+    check([[top, low], [top, high], [0], [top, low], [low, top]], 60)
+
+
+@pytest.mark.core
+@pytest.mark.xfail(strict=True, reason="replay counts on the queue's whole ring where a compaction leaves N less")
+def test_hits_without_evictions_fill_the_queue_with_holes_over_and_over():
+    # 900 blocks stay at the head of the queue while 30 others are hit again and again; nothing ever moves the head.
+    requests = [list(range(900)), *[list(range(1000, 1030))] * 400]
+    result = check(requests, 1000)
+    assert result.hits["g1"] == 399 * 30
+
+
+@pytest.mark.core
+def test_nothing_to_replay():
+    result = replay_requests([], 4)
+    assert (result.requests, result.block_refs, result.hit_rate, result.us_per_request) == (0, 0, 0.0, 0.0)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("num_blocks", [0, -3])
+def test_a_pool_has_blocks(num_blocks):
+    with pytest.raises(ConfigError, match=f"num_blocks is {num_blocks}"):
+        replay_requests([], num_blocks)
+
+
+@pytest.mark.core
+def test_files_are_one_stream_and_the_limit_counts_over_all(tmp_path):
+    requests = conversations(5, requests=50, longest=28, id_bits=32)
+    files = [write(tmp_path / "a.jsonl", requests[:30]), write(tmp_path / "b.jsonl", requests[30:])]
+    for limit in (None, 10, 30, 31, 99):
+        part = requests[:limit]
+        result = replay(files, 60, limit=limit)
+        assert result.requests == len(part)
+        assert (result.hits["g1"], result.evictions, result.rejected) == expected(part, 60)
+    with pytest.raises(ConfigError, match="limit is 0"):
+        replay(files, 60, limit=0)
+
+
+@pytest.mark.core
+def test_a_trace_is_read_line_by_line(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_text('{"hash_ids": [1, 18446744073709551615], "timestamp": 1.5, "unknown": {}}\n\n  \n{"hash_ids": []}')
+    found = list(traces.read(path))
+    assert [ids.tolist() for ids in found] == [[1, 2**64 - 1], []]
+    assert {ids.dtype for ids in found} == {np.dtype(np.uint64)}
+    assert len(list(traces.read(path, limit=1))) == 1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        (b"{}", "hash_ids"),
+        (b"[1, 2]", "is not a request"),
+        (b'{"hash_ids": [1', "is not a request"),
+        (b'{"hash_ids": [1.5]}', "is not a request"),
+        (b'{"hash_ids": "12"}', "is not a request"),
+        (b'{"hash_ids": [3, -1]}', "hash id -1 is out of range"),
+        (b'{"hash_ids": [18446744073709551616]}', "18446744073709551616"),
+        (b'{"hash_ids": [1], "timestamp": "\xff"}', "line 3"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, part):
+    path = tmp_path / "broken.jsonl"
+    path.write_bytes(b'{"hash_ids": [1]}\n\n' + line + b"\n")
+    with pytest.raises(TraceError) as caught:
+        replay([path], 9)
+    for word in (part, "broken.jsonl", "line 3"):
+        assert word in str(caught.value)
+    assert replay([path], 9, limit=1).requests == 1  # what comes after the limit is not read
+
+
+@pytest.mark.core
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    for path in (tmp_path / "absent.jsonl", tmp_path):
+        with pytest.raises(TraceError, match=f"cannot read the trace .*{path.name}"):
+            replay([path], 9)
+
+
+@pytest.mark.skipif(not CONVERSATION.exists(), reason=f"no conversation trace in {TRACES}; set KVBM_TRACES")
+@pytest.mark.parametrize(
+    ("num_blocks", "hits", "evictions"),
+    [(1_000, 12_847, 274_653), (10_000, 61_046, 217_454), (50_000, 102_290, 136_210)],
+)
+def test_the_conversation_trace(num_blocks, hits, evictions):
+    result = replay([CONVERSATION], num_blocks)
+    assert (result.requests, result.rejected) == (12_031, 0)
+    assert (result.hits, result.evictions) == ({"g1": hits, "g2": 0, "g3": 0}, evictions)
