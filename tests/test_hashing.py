@@ -48,9 +48,7 @@ def test_golden_file_is_what_its_generator_writes():
 
 @pytest.mark.parametrize("case", [c for c in GOLDEN if "block_hashes" in c])
 def test_golden_block_hashes(case):
-    found = block_hashes(
-        case["tokens"], case["block_size"], salt=case.get("salt", ""), lora_name=case.get("lora_name")
-    )
+    found = block_hashes(case["tokens"], case["block_size"], salt=case.get("salt", ""), lora_name=case.get("lora_name"))
     assert found.dtype == np.uint64
     assert found.tolist() == case["block_hashes"]
 

@@ -102,11 +102,14 @@ READS = {
 @functools.cache
 def used_pool():
     """A pool with reset, held and inactive blocks; never donated itself."""
-    state = pool.init(N)
-    state, grant = pool.allocate(state, counts(8, 8, 8, 8), max_blocks=WIDTH)
-    state, _ = pool.register(state, grant.block_ids, hashes())
-    state, _ = pool.release(state, grant.block_ids[:2])
-    return state
+
+    @jax.jit
+    def use():
+        state, grant = pool.allocate(pool.init(N), counts(8, 8, 8, 8), max_blocks=WIDTH)
+        state, _ = pool.register(state, grant.block_ids, hashes())
+        return pool.release(state, grant.block_ids[:2])[0]
+
+    return use()
 
 
 def fresh(tree):
@@ -127,7 +130,7 @@ def test_what_only_reads_the_pool_copies_nothing(name):
     assert compiled.memory_analysis().temp_size_in_bytes < 4 * N
 
 
-@pytest.mark.parametrize("name", ["allocate", "register", "release"])
+@pytest.mark.parametrize("name", ["allocate", "release"])
 def test_temporaries_do_not_grow_with_the_pool(name):
     verb, *args = POOL[name]
     sizes = []

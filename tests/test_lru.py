@@ -91,7 +91,7 @@ def test_random_moves_match_an_ordered_dict(start):
     rng = np.random.default_rng(start)
     driver = Driver(num_blocks=40, width=8, start=start)
     compactions = 0
-    for _ in range(700):
+    for _ in range(400):
         queued = list(driver.model)
         free = [b for b in range(driver.n) if b not in driver.model]
         if driver.room < driver.width:

@@ -515,7 +515,7 @@ def test_vmap_over_pools_is_each_pool_by_itself():
             same(jax.tree.map(lambda x, j=j: x[j], results), result)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_a_batched_call_is_its_rows_one_after_the_other(data):
     draw, used = data.draw, Pool()

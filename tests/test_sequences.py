@@ -29,6 +29,7 @@ def verbs():
         "register": jax.jit(sequences.register),
         "release": jax.jit(sequences.release),
         "check": jax.jit(invariants.check),
+        "match": jax.jit(pool.match),
         "compact": jax.jit(pool.compact),
         "reserve": jax.jit(functools.partial(grants.reserve, max_blocks=8)),
         "commit": jax.jit(grants.commit),
@@ -225,7 +226,7 @@ def queue_order(state):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_steps_match_the_model(groups, seed):
     rng = np.random.default_rng([groups, seed])
     d = Driver(groups)
@@ -443,7 +444,7 @@ def test_a_loop_pops_its_grant_in_row_order_and_the_rest_comes_back_as_it_was(gr
     assert stack(state) == before[: len(before) - 2 * groups]
     holders = np.bincount([b for b in batch.block_tables.reshape(-1).tolist() if b != d.n], minlength=d.n)
     assert not any(map(int, d.do["check"](state, jnp.asarray(holders, jnp.int32))))
-    matched = pool.match(state, hash_rows(numbers), column([2, 2], 0), group=groups - 1)
+    matched = d.do["match"](state, hash_rows(numbers), column([2, 2], 0), group=groups - 1)
     assert matched.block_ids[:, :2].tolist() == [tables[groups - 1][0][:2], tables[groups - 1][2][:2]]
 
 
