@@ -145,9 +145,7 @@ def measure(sizes: Sizes, device: Any) -> Iterator[Row]:
             slots = jnp.arange(count, dtype=jnp.int32)
             slots = order[slots // sizes.block_size] * sizes.block_size + slots % sizes.block_size
             state, seconds = time_donating(lambda c, k=keys, s=slots: store(c, k, k, s), state, sizes.repeats)
-            yield beside_copy(
-                f"store_kv, {count} tokens", count * layer_bytes * sizes.num_layers, seconds, copy, sizes
-            )
+            yield beside_copy(f"store_kv, {count} tokens", count * layer_bytes * sizes.num_layers, seconds, copy, sizes)
         for count in sizes.moves:
             num_bytes = count * sizes.block_size * layer_bytes * sizes.num_layers
             ids = order[:count]

@@ -113,20 +113,21 @@ def replay_requests(
     with jax.default_device(device):
         state = pool.init(num_blocks)
         room = int(pool.release_room(state))
-        batches = list(_batches(requests, num_blocks, room))
+        # After a compaction the queue may hold all of the pool, so a batch must fit what is left then.
+        batches = list(_batches(requests, num_blocks, room - num_blocks))
         run = functools.partial(_run, with_evicted=tiers is not None)
         for width in sorted({batch.ids.shape[1] for batch in batches}):
             empty = _pad([], width)
             jax.device_get(run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)[1])
 
         start = time.perf_counter()
-        pushed = 0
         done = []
         for batch in batches:
             pushes = int(np.minimum(batch.counts, num_blocks).sum())
-            if pushed + pushes > room:
-                state, pushed = _compact(state), 0
-            pushed += pushes
+            if pushes > room:
+                state = _compact(state)
+                room = int(pool.release_room(state))
+            room -= pushes
             state, report = run(state, _split(batch.ids), batch.counts, batch.requests)
             done.append((batch, report))
         for batch, report in done:

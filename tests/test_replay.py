@@ -85,7 +85,6 @@ def test_ids_use_all_64_bits():
 
 
 @pytest.mark.core
-@pytest.mark.xfail(strict=True, reason="replay counts on the queue's whole ring where a compaction leaves N less")
 def test_hits_without_evictions_fill_the_queue_with_holes_over_and_over():
     # 900 blocks stay at the head of the queue while 30 others are hit again and again; nothing ever moves the head.
     requests = [list(range(900)), *[list(range(1000, 1030))] * 400]
