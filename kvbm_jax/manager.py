@@ -32,18 +32,16 @@ from kvbm_jax import grants
 from kvbm_jax.bookkeeper import BlockCounts, Bookkeeper, EvictedBlocks
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
-from kvbm_jax.events import EventBus, EventType, KvEvent, KvEventBatch, Subscription
+from kvbm_jax.events import EventBus, EventPublisher, KvEvent, Subscription
 from kvbm_jax.handles import Block, Sequence
 from kvbm_jax.hashing import hash_sequence
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.metrics import NullMetrics
-from kvbm_jax.protocols import Clock, MetricsSink, Tier
+from kvbm_jax.protocols import BlockKey, BlockRecord, Clock, MetricsSink, Tier
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.types import Status
 
 __all__ = ["BlockManager"]
-
-_NO_PARENT = np.zeros((4,), np.uint32)
 
 
 class BlockManager:
@@ -82,7 +80,9 @@ class BlockManager:
         self._metrics: MetricsSink = NullMetrics() if metrics is None else metrics
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
-        self._next_event_id = 0
+        self._publisher = EventPublisher(
+            self._bus, worker_id=config.worker_id, block_size=config.block_size, clock=self._clock
+        )
         self._running: dict[int, Sequence] = {}
         self._begin()
 
@@ -202,16 +202,7 @@ class BlockManager:
         seq.num_registered = last
         index = first + np.flatnonzero(done.new)
         if len(index):
-            parents = np.concatenate([_NO_PARENT[None], seq.hashes])[index]
-            grid = np.array(seq.tokens[: last * size], np.uint32).reshape(-1, size)
-            self._publish(
-                EventType.CREATED,
-                done.block_ids[done.new],
-                sequence_hashes=seq.hashes[index],
-                parent_hashes=parents,
-                token_ids=grid[index],
-                lora_names=() if seq.lora_name is None else (seq.lora_name,) * len(index),
-            )
+            self._publisher.created(Tier.G1, done.block_ids[done.new], [_record(seq, int(i), size) for i in index])
         self._update_gauges()
         return len(index)
 
@@ -405,9 +396,7 @@ class BlockManager:
 
         The manager numbers it: `event_id` is replaced by the next of this worker.
         """
-        batch = KvEventBatch.from_events([event])
-        batch.event_ids[:] = self._number_events(1)
-        self._bus.publish(batch)
+        self._publisher.publish(event)
 
     def subscribe_events(self) -> Subscription:
         """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously."""
@@ -441,7 +430,7 @@ class BlockManager:
             seq.released = True
         self._running.clear()
         self._begin()
-        self._publish(EventType.CLEARED, np.zeros((1,), np.uint64))
+        self._publisher.cleared(Tier.G1)
 
     def _beside_cache[T](self, tree: T) -> T:
         """Puts a pytree on the device of the cache."""
@@ -489,38 +478,8 @@ class BlockManager:
     def _tell_evicted(self, evicted: EvictedBlocks) -> None:
         if len(evicted.block_ids):
             self._metrics.count("kvbm_eviction_count_total", len(evicted.block_ids))
-            self._publish(EventType.DELETED, evicted.block_ids, sequence_hashes=evicted.hashes)
-
-    def _publish(
-        self,
-        event_type: EventType,
-        block_ids: NDArray[np.integer],
-        *,
-        sequence_hashes: NDArray[np.uint32] | None = None,
-        parent_hashes: NDArray[np.uint32] | None = None,
-        token_ids: NDArray[np.uint32] | None = None,
-        lora_names: abc.Sequence[str | None] = (),
-    ) -> None:
-        self._bus.publish(
-            KvEventBatch.make(
-                event_type,
-                block_ids,
-                worker_id=self.config.worker_id,
-                block_size=self.layout.block_size,
-                first_event_id=self._number_events(len(block_ids)),
-                timestamp=self._clock.time_ns(),
-                tier=Tier.G1,
-                sequence_hashes=sequence_hashes,
-                parent_hashes=parent_hashes,
-                token_ids=token_ids,
-                lora_names=lora_names,
-            )
-        )
-
-    def _number_events(self, count: int) -> int:
-        first = self._next_event_id
-        self._next_event_id += count
-        return first
+            keys = [BlockKey(_bytes(words)) for words in evicted.hashes]
+            self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
 
     def _update_gauges(self) -> None:
         counts = self._book.stats()
@@ -538,6 +497,21 @@ def _store_layer(
 ) -> tuple[kv_cache.KVCache, None]:
     """Writes [C, T, H, D] to the slots of one block; donates the cache."""
     return kv_cache.store_kv(cache, layer, data[0], data[1], slots), None
+
+
+def _record(seq: Sequence, index: int, size: int) -> BlockRecord:
+    """What is known about the whole block `index` of a sequence."""
+    return BlockRecord(
+        key=BlockKey(_bytes(seq.hashes[index])),
+        parent_hash=_bytes(seq.hashes[index - 1]) if index else None,
+        token_ids=tuple(seq.tokens[index * size : (index + 1) * size]),
+        lora_name=seq.lora_name,
+    )
+
+
+def _bytes(words: NDArray[np.uint32]) -> bytes:
+    """The 16 bytes of a hash u32[4]."""
+    return words.astype("<u4").tobytes()
 
 
 def _columns(blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
