@@ -129,6 +129,8 @@ class StoreStats:
     corrupt: int = 0
     failed: int = 0
     deletes: int = 0  # blocks taken out
+    foreign: int = 0  # files of another identity, found on opening and left alone
+    unreadable: int = 0  # files that could not be read on opening
 
 
 class BlockStore(Protocol):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 from collections.abc import Callable
 
 import numpy as np
@@ -14,6 +15,7 @@ from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import MemoryBlockStore, NullBlockStore
 from kvbm_jax.offload.host import HostBlockStore
+from kvbm_jax.offload.segments import SegmentBlockStore
 from kvbm_jax.protocols import BlockKey, BlockRecord, BlockStore, Outcome, Tier
 
 BLOCK_BYTES = 48
@@ -29,9 +31,16 @@ class StoreCase:
     holds: bool = True  # False for a store that by design holds nothing
 
 
+def open_segments(folder, block_bytes, capacity):
+    return SegmentBlockStore(
+        folder, block_bytes, identity=IDENTITY, capacity_bytes=1 << 24, capacity_blocks=capacity, clock=time
+    )
+
+
 STORES = [
     StoreCase("memory", lambda folder, block_bytes, capacity: MemoryBlockStore(block_bytes, capacity=capacity)),
     StoreCase("host", lambda folder, block_bytes, capacity: HostBlockStore(block_bytes, capacity, identity=IDENTITY)),
+    StoreCase("segments", open_segments),
     StoreCase("null", lambda folder, block_bytes, capacity: NullBlockStore(block_bytes), holds=False),
 ]
 every_store = pytest.mark.parametrize("case", STORES, ids=lambda case: case.name)
