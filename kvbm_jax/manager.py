@@ -325,14 +325,25 @@ class BlockManager:
           tokens: what each sequence gained.
 
         Raises:
-          BlockStateError: if a sequence is not running.
+          BlockStateError: if a sequence is not running, or has more slots than tokens; nothing is taken over then.
         """
-        for seq in tokens:
+        lengths = np.asarray(running.lengths)
+        for seq, new in tokens.items():
             self._check_running(seq)
+            if lengths[seq.row] > len(seq.tokens) + len(new):
+                raise BlockStateError(
+                    f"row {seq.row} has {lengths[seq.row]} slots for {len(seq.tokens)} tokens and {len(new)} new ones; "
+                    "name every token that the loop fed"
+                )
         self._book.adopt(grant, running)
         for seq, new in tokens.items():
             seq.tokens.extend(int(token) for token in new)
             self.register(seq)
+        self._update_gauges()
+
+    def give_back(self, grant: grants.Grant) -> None:
+        """Takes a grant back whose loop did not run, or failed before its cache was lost."""
+        self._book.adopt(grant, self._book.sequences)
         self._update_gauges()
 
     # Blocks outside sequences.

@@ -200,6 +200,24 @@ def test_a_compiled_loop_draws_on_a_grant(manager):
         assert manager.match(prompt(12)) == 12
 
 
+def test_a_grant_whose_loop_did_not_run_goes_back(manager):
+    with manager.start(prompt(6)) as seq:
+        grant = manager.reserve({seq: 10})
+        assert manager.stats().held == 4
+        manager.give_back(grant)
+        assert manager.stats().held == 2
+
+
+def test_a_commit_names_every_token(manager):
+    with manager.start(prompt(6)) as seq:
+        grant = manager.reserve({seq: 4})
+        running, grant, _ = grants.extend(manager.sequences, grant, jnp.array([4, 0], jnp.int32), max_blocks=2)
+        with pytest.raises(BlockStateError, match="row 0 has 10 slots for 6 tokens and 3 new ones"):
+            manager.commit(grant, running, {seq: prompt(3, 6)})
+        manager.commit(grant, running, {seq: prompt(4, 6)})
+        assert manager.match(prompt(10)) == 8
+
+
 def test_a_grant_has_bounds(manager):
     with manager.start(prompt(6)) as seq:
         with pytest.raises(ConfigError, match="max_blocks is 1, but the growth asked for needs 2 blocks"):

@@ -19,7 +19,7 @@ from flax import nnx
 
 import kvbm_jax
 from kvbm_jax import BlockManager, KvBlockManagerConfig, KVCache, SequenceBatch, Status, grants
-from kvbm_jax.errors import ConfigError, SequenceTooLongError
+from kvbm_jax.errors import CacheLostError, ConfigError, SequenceTooLongError
 from smollm2.model import Llama
 from smollm2.sampling import Sampler
 
@@ -206,9 +206,14 @@ class Engine:
             active = [(c, s) for c, s in zip(completions, running, strict=True) if budget[s.row]]
             growth = {seq: min(_DECODE_STEPS, int(budget[seq.row])) for _, seq in active}
             grant = self.manager.reserve(growth, max_blocks=self._grant_blocks)
-            tables, grant, last, left, produced, emitted = self.manager.run(
-                self._decode, self._params, self.manager.sequences, grant, tokens, budget, eos, key
-            )
+            try:
+                tables, grant, last, left, produced, emitted = self.manager.run(
+                    self._decode, self._params, self.manager.sequences, grant, tokens, budget, eos, key
+                )
+            except BaseException as error:
+                if not isinstance(error, CacheLostError):
+                    self.manager.give_back(grant)
+                raise
             produced, emitted = np.asarray(produced), np.asarray(emitted)
             gained = {seq: produced[emitted[:, seq.row], seq.row].tolist() for _, seq in active}
             # A sequence holds the tokens that were fed; the newest has been sampled only.
