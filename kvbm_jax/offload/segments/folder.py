@@ -121,31 +121,37 @@ def read_rows(wanted: Sequence[Wanted]) -> list[str]:
     Returns:
       For each block why it could not be read, empty if it was.
     """
-    tensorstore, context = _tensorstore(), _context()
-    opened = [
-        _attempt(lambda block=block: _open_leaf(block.segment, block_name(block.row), context)) for block in wanted
-    ]
-    reads = [
-        _attempt(lambda leaf=leaf, block=block: tensorstore.array(block.out).write(leaf.value.result()), leaf.reason)
-        for leaf, block in zip(opened, wanted, strict=True)
-    ]
+    context = _context()
+    opened = [_attempt(_open_leaf, block.segment, block_name(block.row), context) for block in wanted]
+    reads = [leaf.then(_start_read, block.out) for leaf, block in zip(opened, wanted, strict=True)]
     # Each is waited for, whatever became of the others: until then it may write into its buffer.
-    return [_attempt(lambda read=read: read.value.result(), read.reason).reason for read in reads]
+    return [read.then(_wait).reason for read in reads]
 
 
 class _Attempt(NamedTuple):
+    """What a step came to, TensorStore's exceptions turned into words."""
+
     value: Any
     reason: str  # why there is none; empty if there is
 
+    def then(self, step: Callable[..., Any], *args: Any) -> "_Attempt":
+        """Takes the next step with what this one gave, if it gave anything."""
+        return self if self.reason else _attempt(step, self.value, *args)
 
-def _attempt(call: Callable[[], Any], failed_before: str = "") -> _Attempt:
-    """Calls unless that is of no use any more; an exception becomes a reason."""
-    if failed_before:
-        return _Attempt(None, failed_before)
+
+def _attempt(step: Callable[..., Any], *args: Any) -> _Attempt:
     try:
-        return _Attempt(call(), "")
+        return _Attempt(step(*args), "")
     except Exception as error:  # noqa: BLE001 (any kind: see read_record)
         return _Attempt(None, _one_line(error))
+
+
+def _start_read(leaf: Any, out: NDArray[np.uint8]) -> Any:
+    return _tensorstore().array(out).write(leaf.result())
+
+
+def _wait(read: Any) -> Any:
+    return read.result()
 
 
 class SegmentFolder:
