@@ -183,9 +183,8 @@ class SegmentFolder:
             raise ConfigError(
                 f"offload folder {root} is in use by another store; close that, or give each worker its own folder"
             ) from error
-        for entry in os.listdir(root):
-            if entry.startswith(_RUBBISH):
-                shutil.rmtree(root / entry, ignore_errors=True)
+        self._littered = True
+        self._sweep()
 
     def unlock(self) -> None:
         """Lets another store have the folder. Idempotent."""
@@ -208,6 +207,7 @@ class SegmentFolder:
         """
         staged = self.root / f".new-{record.sequence:012d}"
         path = self.root / f"seg-{record.sequence:012d}"
+        self._sweep()
         leaves = {block_name(i): np.ascontiguousarray(row) for i, row in enumerate(rows)}
         leaves[RECORD_NAME] = np.frombuffer(encode(record), np.uint8)
         try:
@@ -216,8 +216,10 @@ class SegmentFolder:
             os.rename(staged, path)
             _fsync(self.root)
         except BaseException:
-            for entry in (*self.root.glob(f"{staged.name}*"), path):
-                shutil.rmtree(entry, ignore_errors=True)
+            self._littered = True
+            shutil.rmtree(path, ignore_errors=True)
+            self._sweep()
+            self._littered = True  # TensorStore may still be at it and make the folder once more: swept again next time
             raise
         return path, physical_bytes(path)
 
@@ -250,6 +252,14 @@ class SegmentFolder:
                 else:
                     total += -(-entry.stat(follow_symlinks=False).st_size // _UNIT) * _UNIT
         return total
+
+    def _sweep(self) -> None:
+        """Removes what was never committed, if there may be any."""
+        if self._littered:
+            for entry in os.listdir(self.root):
+                if entry.startswith(_RUBBISH):
+                    shutil.rmtree(self.root / entry, ignore_errors=True)
+            self._littered = False
 
     @staticmethod
     def _rename(path: Path, prefix: str) -> Path:

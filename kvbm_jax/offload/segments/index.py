@@ -23,6 +23,7 @@ class Segment:
     physical: int  # bytes on the disk
     live: int = 0  # blocks of the index that lie here
     pins: int = 0  # reads under way
+    is_damaged: bool = False  # a read of it failed
 
     @property
     def is_garbage(self) -> bool:

@@ -4,7 +4,8 @@ Puts and deletes run on one writer thread in the order of the calls. The writer 
 them as one segment, then resolves their futures. Reads run on a second thread, so that they do not wait behind a
 write; only a read of a block that a call before it still has to put or delete waits for that call. So results depend
 on the order of calls, never on timing. Every read is verified against the block's checksum in the reader's buffer; a
-block that cannot be read, or is not what was written, is dropped: the caller computes it again and may put it again.
+block that cannot be read (FAILED), or is not what was written (CORRUPT), is dropped: the caller computes it again and
+may put it again.
 
     put, delete --> queue --> writer: group -> segment -> fsync -> index -> futures
                                                             |
@@ -290,9 +291,7 @@ class SegmentBlockStore:
                 if row.outcome is Outcome.OK:
                     self._counts["hits"] += 1
                 else:
-                    self._counts[row.outcome.value] += 1
-                    if self._index.get(read.entry.block.key) is read.entry:
-                        self._index.remove(read.entry.block.key)
+                    self._drop(read, row.outcome)
         self._unpin(reads)
         call.future.set_result(tuple(rows))
 
@@ -306,6 +305,13 @@ class SegmentBlockStore:
             reason = f"checksum {found:016x}, stored with {block.checksum:016x}"
             return StoreRow(Outcome.CORRUPT, block.block_id, reason=reason)
         return StoreRow(Outcome.OK, block.block_id, block.record)
+
+    def _drop(self, read: _Read, outcome: Outcome) -> None:
+        """Forgets a block that was read and is not what it should be; under the lock."""
+        self._counts[outcome.value] += 1
+        read.segment.is_damaged |= outcome is Outcome.FAILED
+        if self._index.get(read.entry.block.key) is read.entry:
+            self._index.remove(read.entry.block.key)
 
     def _unpin(self, reads: Iterable[_Read]) -> None:
         with self._lock:
@@ -416,8 +422,9 @@ class SegmentBlockStore:
             self._add(self._record(blocks), rows, dict(enumerate(blocks)))
         except Exception as error:  # noqa: BLE001
             # Orbax and TensorStore have no error class of their own; whatever it was, the blocks were not written.
-            _LOG.warning("writing %d blocks to %s failed", len(news), self._folder.root, exc_info=True)
-            return StoreRow(Outcome.FAILED, reason=" ".join(f"{type(error).__name__}: {error}".split())[:400])
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
+            _LOG.warning("writing %d blocks to %s failed: %s", len(news), self._folder.root, reason)
+            return StoreRow(Outcome.FAILED, reason=reason)
         return None
 
     def _record(self, blocks: Sequence[StoredBlock]) -> SegmentRecord:
@@ -484,9 +491,7 @@ class SegmentBlockStore:
                 good.append(read)
                 continue
             with self._lock:
-                self._counts[row.outcome.value] += 1
-                if self._index.get(read.entry.block.key) is read.entry:
-                    self._index.remove(read.entry.block.key)
+                self._drop(read, row.outcome)
         if not good:
             return
         record = self._record([read.entry.block for read in good])
@@ -507,10 +512,15 @@ class SegmentBlockStore:
             self._other_bytes += sum(segment.physical for segment in garbage)
             self._discarding += len(garbage)
         for segment in garbage:
+            if segment.is_damaged:  # perhaps for the moment only: kept until its room is needed, tried again on opening
+                aside = self._folder.set_aside(segment.path)
+                with self._lock:
+                    self._aside.append((aside, segment.physical))
+                continue
             try:
                 self._folder.discard(segment.path)
-            except OSError:
-                _LOG.warning("deleting %s failed; its blocks are back after a restart", segment.path, exc_info=True)
+            except OSError as error:
+                _LOG.warning("deleting %s failed, its blocks are back after a restart: %s", segment.path, error)
                 continue
             with self._lock:
                 self._other_bytes -= segment.physical
