@@ -9,9 +9,11 @@ Results are turned into numpy before they are indexed: an indexed JAX array woul
 leaves this module is copied, since a living view of donated state would turn the next donation into a copy of it.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
@@ -133,24 +135,36 @@ class Bookkeeper:
         self.require(result.status, blocks=count)
         return result.grant, _evicted(result.evicted)
 
-    def adopt(self, grant: grants.Grant, running: sequences.SequenceBatch) -> None:
-        """Takes the sequences back from a compiled loop, and what its grant has left."""
-        grant, self.sequences = jax.device_put((grant, running), self._device)
-        self._pool = _return_grant(self._pool, grant)
+    def adopt(self, rows: list[int], running: sequences.SequenceBatch, block_ids: NDArray[np.int32]) -> None:
+        """Takes rows over from a compiled loop.
+
+        Args:
+          rows: rows that the loop was to extend and that still run; what it says of other rows is ignored.
+          running: the sequences as the loop returned them.
+          block_ids: i32[n], all blocks of the loop's grant; those that no row of `rows` took are reset.
+        """
+        mask = np.zeros((self.max_sequences,), np.bool_)
+        mask[rows] = True
+        self.sequences = _merge(self.sequences, jax.device_put(running, self._device), mask)
+        taken = np.isin(block_ids, np.asarray(self.sequences.block_tables)[:, mask])
+        left = block_ids[~taken]
+        self._pool, status = _free(self._pool, self._pad_blocks(left))
+        self.require(np.asarray(status)[0], blocks=len(left))
 
     def register(self, row: int, hashes: NDArray[np.uint32], first: int) -> Registered:
         """Registers the blocks of a row from index `first` on under hashes u32[M, 4]."""
+        padded, _ = self._pad_hashes(hashes)
+        new = np.zeros((len(hashes),), np.bool_)
         for _ in range(_REHASH_TRIES):
-            padded, _ = self._pad_hashes(hashes)
             result = self._register(row, padded, first, len(hashes))
+            new |= np.asarray(result.registered)[0, 0, : len(hashes)]
             status = np.asarray(result.status)[0, 0, : len(hashes)]
             if not np.any(status == Status.INDEX_FULL):
                 break
             self._rehash()
         for code in status:
             self.require(code, blocks=len(hashes))
-        block_ids, new = np.asarray(result.block_ids), np.asarray(result.registered)
-        return Registered(block_ids[0, 0, : len(hashes)].copy(), new[0, 0, : len(hashes)].copy())
+        return Registered(np.asarray(result.block_ids)[0, 0, : len(hashes)].copy(), new)
 
     def _register(self, row: int, padded: NDArray[np.uint32], first: int, count: int) -> sequences.RegisterResult:
         result: sequences.RegisterResult
@@ -212,9 +226,7 @@ class Bookkeeper:
         repeated = len(block_ids) - len(np.unique(block_ids))
         if repeated:
             raise BlockStateError(f"{repeated} of {len(block_ids)} blocks are named twice; free each block once")
-        padded = np.full((1, _round_up(len(block_ids))), self._pool.num_blocks, np.int32)
-        padded[0, : len(block_ids)] = block_ids
-        self._pool, status = _free(self._pool, padded)
+        self._pool, status = _free(self._pool, self._pad_blocks(block_ids))
         self.require(np.asarray(status)[0], blocks=len(block_ids))
 
     def evict(self, count: int | None = None) -> EvictedBlocks:
@@ -266,6 +278,11 @@ class Bookkeeper:
             self._room = int(pool.release_room(self._pool))
         self._room -= pushes
 
+    def _pad_blocks(self, block_ids: NDArray[np.int32]) -> NDArray[np.int32]:
+        padded = np.full((1, _round_up(len(block_ids))), self._pool.num_blocks, np.int32)
+        padded[0, : len(block_ids)] = block_ids
+        return padded
+
     def _pad_hashes(self, hashes: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
         count = min(len(hashes), self.max_blocks)
         padded = np.zeros((min(_round_up(count), self.max_blocks), 4), np.uint32)
@@ -296,6 +313,17 @@ def _round_up(count: int) -> int:
     return size
 
 
+def _merge_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask: jax.Array) -> sequences.SequenceBatch:
+    """Takes the rows under bool[B] from `new`, the others from `old`."""
+    return replace(
+        old,
+        block_tables=jnp.where(mask[None, :, None], new.block_tables, old.block_tables),
+        lengths=jnp.where(mask, new.lengths, old.lengths),
+        num_blocks=jnp.where(mask, new.num_blocks, old.num_blocks),
+    )
+
+
+_merge = jax.jit(_merge_rows)
 _stats = jax.jit(pool.stats)
 _check = jax.jit(pool.check_generations)
 _match = jax.jit(pool.match)
@@ -304,7 +332,6 @@ _extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_block
 _register = jax.jit(sequences.register, donate_argnums=0)
 _release = jax.jit(sequences.release, donate_argnums=0)
 _reserve = jax.jit(grants.reserve, donate_argnums=0, static_argnames="max_blocks")
-_return_grant = jax.jit(grants.give_back, donate_argnums=0)
 _allocate = jax.jit(pool.allocate, donate_argnums=0, static_argnames="max_blocks")
 _free = jax.jit(pool.release, donate_argnums=0)
 _evict = jax.jit(pool.evict, donate_argnums=0, static_argnames="max_count")

@@ -32,6 +32,7 @@ class Grant:
     block_ids: jax.Array  # i32[K], padded with N
     used: jax.Array  # i32[]: how many have been handed out
     count: jax.Array  # i32[]: how many there are
+    ticket: jax.Array  # i32[]: a number of its owner's, which loops pass on unchanged
 
 
 class ReserveResult(NamedTuple):
@@ -52,7 +53,7 @@ def reserve(state: pool.PoolState, count: jax.Array, *, max_blocks: int) -> tupl
     """
     state, result = pool.allocate(state, count[None], max_blocks=max_blocks)
     granted = jnp.where(result.status[0] == Status.OK, count, 0).astype(jnp.int32)
-    grant = Grant(result.block_ids[0], jnp.int32(0), granted)
+    grant = Grant(result.block_ids[0], jnp.int32(0), granted, jnp.int32(0))
     return state, ReserveResult(grant, result.status[0], result.evicted)
 
 

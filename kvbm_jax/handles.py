@@ -24,7 +24,12 @@ class Block:
 
     block_id: int
     generation: int  # tells a later use of the same block from this one
-    free: Callable[["Block"], None] = field(repr=False, compare=False)
+    owner: object = field(repr=False)  # tells handles of other managers, and of a cache that was lost
+    on_free: Callable[["Block"], None] = field(repr=False, compare=False)
+
+    def free(self) -> None:
+        """Gives the block back, unless that has been done."""
+        self.on_free(self)
 
     def __enter__(self) -> Self:
         return self
@@ -32,7 +37,7 @@ class Block:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.free(self)
+        self.free()
 
 
 @dataclass(eq=False)
@@ -48,9 +53,14 @@ class Sequence:
     salt: str
     lora_name: str | None
     hashes: NDArray[np.uint32] = field(repr=False)  # [M, 4], of the whole blocks of `tokens`
-    release: Callable[["Sequence"], None] = field(repr=False)
+    on_release: Callable[["Sequence"], None] = field(repr=False)
     num_registered: int = 0  # blocks that others can find
     released: bool = False
+
+    def release(self) -> None:
+        """Ends the sequence, unless that has been done."""
+        if not self.released:
+            self.on_release(self)
 
     def __enter__(self) -> Self:
         return self
@@ -58,5 +68,4 @@ class Sequence:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self.released:
-            self.release(self)
+        self.release()

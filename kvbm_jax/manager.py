@@ -18,6 +18,7 @@ import functools
 import math
 import time
 from collections import abc
+from dataclasses import replace
 from types import TracebackType
 from typing import Concatenate, Self
 
@@ -84,6 +85,8 @@ class BlockManager:
             self._bus, worker_id=config.worker_id, block_size=config.block_size, clock=self._clock
         )
         self._running: dict[int, Sequence] = {}
+        self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
+        self._tickets = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -142,7 +145,7 @@ class BlockManager:
             salt=salt,
             lora_name=lora_name,
             hashes=hashes,
-            release=self.release,
+            on_release=self.release,
             num_registered=started.num_cached // size,
         )
         self._running[row] = seq
@@ -158,21 +161,23 @@ class BlockManager:
         """Appends tokens to running sequences and gives them slots, for steps that the host drives one by one.
 
         Raises:
-          OutOfBlocksError: if blocks are lacking; sequences of lower rows may have been extended.
+          HashingError: if a token is no integer in [0, 2**32); nothing is extended then.
+          OutOfBlocksError: if blocks are lacking; other sequences may have been extended.
           SequenceTooLongError: if a sequence would outgrow its table.
           BlockStateError: if a sequence is not running.
         """
         counts = np.zeros((self._max_sequences,), np.int32)
-        for seq, new in tokens.items():
+        added = {seq: self._checked(new) for seq, new in tokens.items()}
+        for seq, new in added.items():
             self._check_running(seq)
             counts[seq.row] = len(new)
         begun = self._clock.monotonic_ns()
         most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
         statuses, evicted = self._book.extend(counts, most)
         self._observe_allocation(begun, evicted)
-        for seq, new in tokens.items():
+        for seq, new in added.items():
             if statuses[seq.row] == Status.OK:
-                seq.tokens.extend(int(token) for token in new)
+                seq.tokens.extend(new)
         for status in statuses:
             self._book.require(status, blocks=most)
 
@@ -306,7 +311,10 @@ class BlockManager:
         begun = self._clock.monotonic_ns()
         grant, evicted = self._book.reserve(count, max_blocks)
         self._observe_allocation(begun, evicted)
-        return self._beside_cache(grant)
+        self._tickets += 1
+        block_ids = np.asarray(grant.block_ids)[:count].copy()
+        self._grants[self._tickets] = (tuple(growth), block_ids)
+        return self._beside_cache(replace(grant, ticket=jnp.int32(self._tickets)))
 
     def commit(
         self,
@@ -319,31 +327,50 @@ class BlockManager:
         Completed blocks are registered. The last token of a sequence may have no slot yet, as after a decode loop
         that has just sampled it.
 
+        Only the sequences that the grant was reserved for are taken over: others may have begun or ended meanwhile.
+
         Args:
           grant: the grant as the loop returned it.
           running: the sequences as the loop returned them.
-          tokens: what each sequence gained.
+          tokens: what each sequence was fed by the loop, and at most one token beyond, sampled but not fed.
 
         Raises:
-          BlockStateError: if a sequence is not running, or has more slots than tokens; nothing is taken over then.
+          BlockStateError: if the grant is spent, a sequence is not running or none of the grant's, or its tokens do not
+            match its slots; nothing is taken over then.
+          HashingError: if a token is no integer in [0, 2**32); nothing is taken over then.
         """
         lengths = np.asarray(running.lengths)
-        for seq, new in tokens.items():
+        owners, block_ids = self._outstanding(grant)
+        added = {seq: self._checked(new) for seq, new in tokens.items()}
+        for seq in added:
             self._check_running(seq)
-            if lengths[seq.row] > len(seq.tokens) + len(new):
+            if seq not in owners:
+                raise BlockStateError(f"the grant was not reserved for the sequence of row {seq.row}")
+        live = [seq for seq in owners if self._running.get(seq.row) is seq]
+        for seq in live:
+            new = added.get(seq, [])
+            if not 0 <= len(seq.tokens) + len(new) - lengths[seq.row] <= 1:
                 raise BlockStateError(
                     f"row {seq.row} has {lengths[seq.row]} slots for {len(seq.tokens)} tokens and {len(new)} new ones; "
                     "name every token that the loop fed"
                 )
-        self._book.adopt(grant, running)
-        for seq, new in tokens.items():
-            seq.tokens.extend(int(token) for token in new)
+        self._spend(grant)
+        self._book.adopt([seq.row for seq in live], running, block_ids)
+        for seq, new in added.items():
+            seq.tokens.extend(new)
+        for seq in added:
             self.register(seq)
         self._update_gauges()
 
     def give_back(self, grant: grants.Grant) -> None:
-        """Takes a grant back whose loop did not run, or failed before its cache was lost."""
-        self._book.adopt(grant, self._book.sequences)
+        """Takes a grant back whose loop did not run, or failed.
+
+        Raises:
+          BlockStateError: if the grant is spent.
+        """
+        _, block_ids = self._outstanding(grant)
+        self._spend(grant)
+        self._book.adopt([], self._book.sequences, block_ids)
         self._update_gauges()
 
     # Blocks outside sequences.
@@ -361,7 +388,7 @@ class BlockManager:
         block_ids, generations, evicted = self._book.allocate(count)
         self._observe_allocation(begun, evicted)
         return [
-            Block(int(block), int(generation), self._free_if_current)
+            Block(int(block), int(generation), self._book, self._free_if_current)
             for block, generation in zip(block_ids, generations, strict=True)
         ]
 
@@ -371,7 +398,7 @@ class BlockManager:
         Raises:
           BlockStateError: if one was freed before or is named twice; none is freed then.
         """
-        self._book.free(*_columns(blocks))
+        self._book.free(*self._columns(blocks))
         self._update_gauges()
 
     def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
@@ -381,7 +408,7 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if shape or layer do not fit.
         """
-        self._book.check(*_columns([block]))
+        self._book.check(*self._columns([block]))
         values = jnp.asarray(data)
         shape = self._block_shape()
         if values.shape != shape:
@@ -396,7 +423,7 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if the layer does not exist.
         """
-        self._book.check(*_columns([block]))
+        self._book.check(*self._columns([block]))
         array, first = kv_cache.layer_view(self._cache, layer)
         return array[first + block.block_id]
 
@@ -440,6 +467,7 @@ class BlockManager:
         for seq in self._running.values():
             seq.released = True
         self._running.clear()
+        self._grants.clear()
         self._begin()
         self._publisher.cleared(Tier.G1)
 
@@ -448,8 +476,31 @@ class BlockManager:
         placed: T = jax.device_put(tree, self._cache.arrays[0].sharding)
         return placed
 
+    def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
+        """Ids and generations of handles, which must be of this manager and of its present cache."""
+        for block in blocks:
+            if block.owner is not self._book:
+                raise BlockStateError(f"block {block.block_id} is of another manager, or was lost with the cache")
+        block_ids = np.array([block.block_id for block in blocks], np.int32)
+        return block_ids, np.array([block.generation for block in blocks], np.uint32)
+
+    def _outstanding(self, grant: grants.Grant) -> tuple[tuple[Sequence, ...], NDArray[np.int32]]:
+        """The sequences and blocks of a grant that is under way."""
+        found = self._grants.get(int(grant.ticket))
+        if found is None:
+            raise BlockStateError("the grant is spent: it was committed or given back before, or lost with the cache")
+        return found
+
+    def _spend(self, grant: grants.Grant) -> None:
+        del self._grants[int(grant.ticket)]
+
+    def _checked(self, tokens: abc.Sequence[int]) -> list[int]:
+        """Tokens as plain integers, or HashingError."""
+        hash_sequence(tokens, self.layout.block_size, algorithm=self.config.hash_algorithm)
+        return [int(token) for token in tokens]
+
     def _free_if_current(self, block: Block) -> None:
-        if self._book.is_current(*_columns([block])):
+        if block.owner is self._book and self._book.is_current(*self._columns([block])):
             self.free_blocks([block])
 
     def _hash(
@@ -523,12 +574,6 @@ def _record(seq: Sequence, index: int, size: int) -> BlockRecord:
 def _bytes(words: NDArray[np.uint32]) -> bytes:
     """The 16 bytes of a hash u32[4]."""
     return words.astype("<u4").tobytes()
-
-
-def _columns(blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
-    """Ids and generations of handles."""
-    block_ids = np.array([block.block_id for block in blocks], np.int32)
-    return block_ids, np.array([block.generation for block in blocks], np.uint32)
 
 
 def _layout(config: KvBlockManagerConfig) -> KVLayout:

@@ -202,7 +202,7 @@ def give_back(both, grant):
 
 
 def a_grant():
-    return grants.Grant(ids((32,)), jnp.int32(2), jnp.int32(9))
+    return grants.Grant(ids((32,)), jnp.int32(2), jnp.int32(9), jnp.int32(0))
 
 
 SEQUENCES = {

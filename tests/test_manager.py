@@ -12,6 +12,7 @@ from kvbm_jax.errors import (
     BlockStateError,
     CacheLostError,
     ConfigError,
+    HashingError,
     LayoutError,
     OutOfBlocksError,
     SequenceTooLongError,
@@ -218,6 +219,53 @@ def test_a_commit_names_every_token(manager):
         assert manager.match(prompt(10)) == 8
 
 
+def test_a_grant_is_spent_once(manager):
+    with manager.start(prompt(6)) as seq:
+        grant = manager.reserve({seq: 2})
+        running, grant, _ = grants.extend(manager.sequences, grant, jnp.array([2, 0], jnp.int32))
+        manager.commit(grant, running, {seq: prompt(2, 6)})
+        for spend in (lambda: manager.commit(grant, running, {}), lambda: manager.give_back(grant)):
+            with pytest.raises(BlockStateError, match="the grant is spent"):
+                spend()
+
+
+def test_sequences_may_begin_and_end_while_a_loop_runs(manager):
+    one, two = manager.start(prompt(6)), manager.start(prompt(4, 50))
+    grant = manager.reserve({one: 4})
+    before = manager.sequences
+    manager.release(two)
+    three = manager.start(prompt(9, 100))
+    table = manager._book.table(three.row)
+    running, grant, _ = grants.extend(before, grant, jnp.array([4, 0], jnp.int32), max_blocks=2)
+    manager.commit(grant, running, {one: prompt(4, 6)})
+    assert manager._book.table(three.row).tolist() == table.tolist()
+    manager.release(one)
+    manager.release(three)
+    assert manager.stats().held == 0
+
+
+def test_a_sequence_may_end_while_its_loop_runs(manager):
+    seq = manager.start(prompt(6))
+    grant = manager.reserve({seq: 6})
+    running, grant, _ = grants.extend(manager.sequences, grant, jnp.array([6, 0], jnp.int32), max_blocks=2)
+    manager.release(seq)
+    manager.commit(grant, running, {})
+    assert manager.stats() == (8, 0, 0)
+
+
+def test_bad_tokens_change_nothing(manager):
+    with manager.start(prompt(3)) as seq:
+        with pytest.raises(HashingError, match="-1 at position 0"):
+            manager.extend({seq: [-1]})
+        assert (manager._book.length(seq.row), seq.tokens) == (3, prompt(3))
+        grant = manager.reserve({seq: 1})
+        running, grant, _ = grants.extend(manager.sequences, grant, jnp.array([1, 0], jnp.int32))
+        with pytest.raises(HashingError):
+            manager.commit(grant, running, {seq: ["x"]})
+        manager.commit(grant, running, {seq: [3]})
+        assert manager.match(prompt(4)) == 4
+
+
 def test_a_grant_has_bounds(manager):
     with manager.start(prompt(6)) as seq:
         with pytest.raises(ConfigError, match="max_blocks is 1, but the growth asked for needs 2 blocks"):
@@ -271,12 +319,19 @@ def test_a_step_that_fails_after_donation_loses_the_cache_and_says_so(manager):
         raise RuntimeError("no luck")
 
     events = manager.subscribe_events()
+    [block] = manager.allocate_blocks(1)
     seq = manager.start(prompt(8))
     manager.register(seq)
     with pytest.raises(CacheLostError, match="no luck"):
         manager.run(broken)
     assert [e.event_type for e in drain(events)] == [EventType.CREATED] * 2 + [EventType.CLEARED]
     assert seq.released
+    with manager.allocate_blocks(1)[0] as again:
+        assert (again.block_id, again.generation) == (block.block_id, block.generation)
+        block.free()
+        with pytest.raises(BlockStateError, match="of another manager, or was lost"):
+            manager.load_kv(block, 0)
+        assert manager.stats().held == 1
     with pytest.raises(BlockStateError, match="is not running"):
         manager.register(seq)
     with manager.start(prompt(8)) as seq:

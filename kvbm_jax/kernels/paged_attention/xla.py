@@ -100,7 +100,7 @@ def _attend(
         part = jnp.einsum("bhrc,bhcd->bhrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new_peak, total * decay + jnp.sum(weights, axis=-1), output * decay[..., None] + part
 
-    active = query_lens > 0
+    active = (query_lens > 0) & (context_lens > 0)
     end = (jnp.max(context_lens) + chunk - 1) // chunk
     if sliding_window is None:
         # Chunks that every query sees whole need no mask.
