@@ -553,7 +553,7 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", mount], check=True)
 
 
-# Orbax's own threads raise what they then hand on to the caller too, and leave writes behind that outlive their event loop.
+# Orbax's threads raise what they also hand on to the caller, and leave writes behind that outlive their event loop.
 orbax_fails = pytest.mark.filterwarnings(
     "ignore::pytest.PytestUnhandledThreadExceptionWarning", "ignore::pytest.PytestUnraisableExceptionWarning"
 )
