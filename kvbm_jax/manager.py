@@ -33,7 +33,7 @@ from kvbm_jax import grants
 from kvbm_jax.bookkeeper import BlockCounts, Bookkeeper, EvictedBlocks
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
-from kvbm_jax.events import EventBus, EventPublisher, KvEvent, Subscription
+from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Sequence
 from kvbm_jax.hashing import hash_sequence
 from kvbm_jax.layout import KVLayout
@@ -76,13 +76,18 @@ class BlockManager:
             raise ConfigError(
                 f"max_sequences is {max_sequences} and max_sequence_tokens {limit}; both must be at least 1"
             )
+        self._max_tokens = min(limit, self.layout.num_slots)
         self._max_blocks = min(-(-limit // config.block_size), self.layout.num_blocks)
         self._max_sequences = max_sequences
         self._metrics: MetricsSink = NullMetrics() if metrics is None else metrics
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
+        silent = config.events is EventTransport.NONE
         self._publisher = EventPublisher(
-            self._bus, worker_id=config.worker_id, block_size=config.block_size, clock=self._clock
+            NullEventSink() if silent else self._bus,
+            worker_id=config.worker_id,
+            block_size=config.block_size,
+            clock=self._clock,
         )
         self._running: dict[int, Sequence] = {}
         self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
@@ -121,9 +126,9 @@ class BlockManager:
           BlockStateError: if `max_sequences` are running.
         """
         count, size = len(tokens), self.layout.block_size
-        if not 1 <= count <= self._max_blocks * size:
+        if not 1 <= count <= self._max_tokens:
             raise SequenceTooLongError(
-                f"a prompt of {count} tokens; between 1 and {self._max_blocks * size} fit a sequence "
+                f"a prompt of {count} tokens; between 1 and {self._max_tokens} fit a sequence "
                 f"({self._max_blocks} blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
             )
         free_rows = set(range(self._max_sequences)) - self._running.keys()
@@ -472,8 +477,8 @@ class BlockManager:
         self._publisher.cleared(Tier.G1)
 
     def _beside_cache[T](self, tree: T) -> T:
-        """Puts a pytree on the device of the cache."""
-        placed: T = jax.device_put(tree, self._cache.arrays[0].sharding)
+        """Copies a pytree to the device of the cache: the caller may donate it."""
+        placed: T = jax.device_put(tree, self._cache.arrays[0].sharding, may_alias=False)
         return placed
 
     def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:

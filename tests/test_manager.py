@@ -339,6 +339,30 @@ def test_a_step_that_fails_after_donation_loses_the_cache_and_says_so(manager):
         assert manager.register(seq) == 2
 
 
+def test_events_can_be_switched_off():
+    with make(events="none") as manager:
+        events = manager.subscribe_events()
+        with manager.start(prompt(8)) as seq:
+            manager.register(seq)
+        assert events.poll() is None
+
+
+def test_the_sequences_handed_out_may_be_donated(manager):
+    with manager.start(prompt(8)):
+        jax.jit(lambda running: running.lengths + 1, donate_argnums=0)(manager.sequences)
+    assert manager.stats().held == 0
+
+
+def test_the_bound_of_a_sequence_counts_tokens():
+    config = KvBlockManagerConfig(
+        block_size=SIZE, num_blocks=8, num_layers=1, num_kv_heads=1, head_dim=2, dtype="float32"
+    )
+    with BlockManager(config, max_sequence_tokens=10) as manager:
+        with pytest.raises(SequenceTooLongError, match="between 1 and 10 fit"):
+            manager.start(prompt(11))
+        manager.start(prompt(10)).release()
+
+
 def test_metrics_follow():
     metrics = InMemoryMetrics()
     with make(metrics=metrics) as manager:
