@@ -23,9 +23,10 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError
+from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.offload.allocator import PAGE_BYTES, Allocator, AnonymousAllocator
+from kvbm_jax.offload.buffers import check_out, check_rows
 from kvbm_jax.protocols import BlockKey, BlockRecord, Outcome, StoreRow, StoreStats, Tier
 
 __all__ = ["HostBlockStore"]
@@ -107,15 +108,15 @@ class HostBlockStore:
 
     def put(self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]) -> Future[Rows]:
         """Copies `blocks`, u8[n, P], into free slots."""
-        self._check_buffer(len(records), blocks, "blocks")
+        self._refuse_closed()
+        check_rows(blocks, len(records), self._block_bytes)
         kept = tuple(records)
         return self._submit(lambda: tuple(self._put(record, row) for record, row in zip(kept, blocks, strict=True)))
 
     def get(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> Future[Rows]:
         """Copies blocks into `out`, u8[n, P], and verifies them there."""
-        self._check_buffer(len(keys), out, "out")
-        if not out.flags.writeable:
-            raise LayoutError("out is read-only; blocks are read into it")
+        self._refuse_closed()
+        check_out(out, len(keys), self._block_bytes)
         kept = tuple(keys)
         return self._submit(lambda: tuple(self._get(key, row) for key, row in zip(kept, out, strict=True)))
 
@@ -220,14 +221,9 @@ class HostBlockStore:
             self._calls.append(future)
         return future
 
-    def _check_buffer(self, count: int, blocks: NDArray[np.uint8], name: str) -> None:
+    def _refuse_closed(self) -> None:
         with self._lock:
             self._check_open()
-        if blocks.dtype != np.uint8 or blocks.shape != (count, self._block_bytes):
-            raise LayoutError(
-                f"{name} must be uint8[{count}, {self._block_bytes}], a row for each of {count} keys; it is "
-                f"{blocks.dtype}{list(blocks.shape)}"
-            )
 
     def _check_open(self) -> None:
         if self._closed:

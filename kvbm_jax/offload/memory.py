@@ -12,7 +12,8 @@ from concurrent.futures import Future
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError
+from kvbm_jax.errors import BlockStateError, ConfigError
+from kvbm_jax.offload.buffers import check_out, check_rows
 from kvbm_jax.protocols import BlockKey, BlockRecord, Outcome, StoreRow, StoreStats, Tier
 
 __all__ = ["MemoryBlockStore", "NullBlockStore"]
@@ -53,15 +54,15 @@ class MemoryBlockStore:
 
     def put(self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]) -> Future[tuple[StoreRow, ...]]:
         """Stores copies of `blocks`, `uint8[n, P]`."""
-        self._check(len(records), blocks, "blocks")
+        self._check_open()
+        check_rows(blocks, len(records), self._block_bytes)
         with self._lock:
             return _done(self._put(record, row) for record, row in zip(records, blocks, strict=True))
 
     def get(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> Future[tuple[StoreRow, ...]]:
         """Copies blocks into `out`, `uint8[n, P]`."""
-        self._check(len(keys), out, "out")
-        if not out.flags.writeable:
-            raise LayoutError("out is read-only; blocks are read into it")
+        self._check_open()
+        check_out(out, len(keys), self._block_bytes)
         with self._lock:
             return _done(self._get(key, row) for key, row in zip(keys, out, strict=True))
 
@@ -121,14 +122,6 @@ class MemoryBlockStore:
         self._free_ids.append(block_id)
         self._counts["deletes"] += 1
         return StoreRow(Outcome.OK, block_id)
-
-    def _check(self, count: int, blocks: NDArray[np.uint8], name: str) -> None:
-        self._check_open()
-        if blocks.dtype != np.uint8 or blocks.shape != (count, self._block_bytes):
-            raise LayoutError(
-                f"{name} must be uint8[{count}, {self._block_bytes}], a row for each of {count} keys; it is "
-                f"{blocks.dtype}{list(blocks.shape)}"
-            )
 
     def _check_open(self) -> None:
         if self._closed:

@@ -35,8 +35,9 @@ import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError
+from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.identity import CacheIdentity
+from kvbm_jax.offload.buffers import check_out, check_rows
 from kvbm_jax.offload.segments import folder as files
 from kvbm_jax.offload.segments.index import Entry, Segment, SegmentIndex
 from kvbm_jax.offload.segments.record import SegmentRecord, StoredBlock, encode
@@ -168,15 +169,15 @@ class SegmentBlockStore:
 
     def put(self, records: Sequence[BlockRecord], blocks: NDArray[np.uint8]) -> Future[Rows]:
         """Writes blocks u8[n, P]; the future resolves when they would survive a power cut."""
-        self._check_buffer(len(records), blocks, "blocks")
+        self._refuse_closed()
+        check_rows(blocks, len(records), self._block_bytes)
         kept = tuple(records)
         return self._enqueue(_Call(tuple(record.key for record in kept), records=kept, buffer=blocks, is_put=True))
 
     def get(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> Future[Rows]:
         """Reads blocks into `out`, u8[n, P], and verifies them there."""
-        self._check_buffer(len(keys), out, "out")
-        if not out.flags.writeable:
-            raise LayoutError("out is read-only; blocks are read into it")
+        self._refuse_closed()
+        check_out(out, len(keys), self._block_bytes)
         call = _Call(tuple(keys), buffer=out)
         with self._lock:
             self._check_open()
@@ -259,14 +260,9 @@ class SegmentBlockStore:
             self._reader = ThreadPoolExecutor(1, thread_name_prefix="kvbm-segment-reader")
         self._reader.submit(self._read, call, reads)
 
-    def _check_buffer(self, count: int, blocks: NDArray[np.uint8], name: str) -> None:
+    def _refuse_closed(self) -> None:
         with self._lock:
             self._check_open()
-        if blocks.dtype != np.uint8 or blocks.shape != (count, self._block_bytes):
-            raise LayoutError(
-                f"{name} must be uint8[{count}, {self._block_bytes}], a row for each of {count} keys; it is "
-                f"{blocks.dtype}{list(blocks.shape)}"
-            )
 
     def _check_open(self) -> None:
         if self._closed:
