@@ -45,6 +45,7 @@ from kvbm_jax.errors import HashingError
 __all__ = [
     "HashAlgorithm",
     "Multimodal",
+    "check_tokens",
     "hash_sequence",
     "hash_block",
     "block_hash",
@@ -69,6 +70,15 @@ class HashAlgorithm(enum.StrEnum):
 
     BLAKE3 = "blake3"
     XXH3_64 = "xxh3_64"
+
+
+def check_tokens(tokens: ArrayLike) -> NDArray[np.uint32]:
+    """Returns tokens as `uint32[S]`.
+
+    Raises:
+      HashingError: They are not one-dimensional, or one is no integer in [0, 2**32).
+    """
+    return _as_uint32(tokens, "token")
 
 
 def hash_sequence(

@@ -15,7 +15,6 @@ Calls are made from one thread. Subscriptions to events may be read from others.
 """
 
 import functools
-import math
 import time
 from collections import abc
 from dataclasses import replace
@@ -35,11 +34,11 @@ from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Sequence
-from kvbm_jax.hashing import hash_sequence
-from kvbm_jax.layout import KVLayout
+from kvbm_jax.hashing import check_tokens, hash_sequence
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import BlockKey, BlockRecord, Clock, MetricsSink, Tier
 from kvbm_jax.sequences import SequenceBatch
+from kvbm_jax.sizing import layout_of
 from kvbm_jax.types import Status
 
 __all__ = ["BlockManager"]
@@ -70,7 +69,7 @@ class BlockManager:
         clock: Clock | None = None,
     ) -> None:
         self.config = config
-        self.layout = _layout(config)
+        self.layout = layout_of(config)
         limit = self.layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
         if limit < 1 or max_sequences < 1:
             raise ConfigError(
@@ -136,7 +135,8 @@ class BlockManager:
             raise BlockStateError(
                 f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
             )
-        hashes = self._hash(tokens, salt, lora_name, None)
+        words = check_tokens(tokens)
+        hashes = self._hash(words, salt, lora_name, None)
         row, begun = min(free_rows), self._clock.monotonic_ns()
         reusable = (count - 1) // size
         started = self._book.start(row, hashes, reusable, count)
@@ -145,7 +145,7 @@ class BlockManager:
         self._metrics.count("kvbm_prefix_hit_tokens_total", started.num_cached)
         seq = Sequence(
             row=row,
-            tokens=[int(token) for token in tokens],
+            tokens=words.tolist(),
             num_cached=started.num_cached,
             salt=salt,
             lora_name=lora_name,
@@ -172,7 +172,7 @@ class BlockManager:
           BlockStateError: if a sequence is not running.
         """
         counts = np.zeros((self._max_sequences,), np.int32)
-        added = {seq: self._checked(new) for seq, new in tokens.items()}
+        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
         for seq, new in added.items():
             self._check_running(seq)
             counts[seq.row] = len(new)
@@ -199,6 +199,11 @@ class BlockManager:
         Raises:
           BlockStateError: if the sequence is not running, or has fewer slots.
         """
+        count = self._register(seq, num_computed)
+        self._update_gauges()
+        return count
+
+    def _register(self, seq: Sequence, num_computed: int | None = None) -> int:
         self._check_running(seq)
         size, slots = self.layout.block_size, self._book.length(seq.row)
         computed = slots if num_computed is None else num_computed
@@ -213,7 +218,6 @@ class BlockManager:
         index = first + np.flatnonzero(done.new)
         if len(index):
             self._publisher.created(Tier.G1, done.block_ids[done.new], [_record(seq, int(i), size) for i in index])
-        self._update_gauges()
         return len(index)
 
     def release(self, seq: Sequence) -> None:
@@ -346,7 +350,7 @@ class BlockManager:
         """
         lengths = np.asarray(running.lengths)
         owners, block_ids = self._outstanding(grant)
-        added = {seq: self._checked(new) for seq, new in tokens.items()}
+        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
         for seq in added:
             self._check_running(seq)
             if seq not in owners:
@@ -364,7 +368,7 @@ class BlockManager:
         for seq, new in added.items():
             seq.tokens.extend(new)
         for seq in added:
-            self.register(seq)
+            self._register(seq)
         self._update_gauges()
 
     def give_back(self, grant: grants.Grant) -> None:
@@ -499,11 +503,6 @@ class BlockManager:
     def _spend(self, grant: grants.Grant) -> None:
         del self._grants[int(grant.ticket)]
 
-    def _checked(self, tokens: abc.Sequence[int]) -> list[int]:
-        """Tokens as plain integers, or HashingError."""
-        hash_sequence(tokens, self.layout.block_size, algorithm=self.config.hash_algorithm)
-        return [int(token) for token in tokens]
-
     def _free_if_current(self, block: Block) -> None:
         if block.owner is self._book and self._book.is_current(*self._columns([block])):
             self.free_blocks([block])
@@ -579,38 +578,3 @@ def _record(seq: Sequence, index: int, size: int) -> BlockRecord:
 def _bytes(words: NDArray[np.uint32]) -> bytes:
     """The 16 bytes of a hash u32[4]."""
     return words.astype("<u4").tobytes()
-
-
-def _layout(config: KvBlockManagerConfig) -> KVLayout:
-    """The layout that a configuration asks for; refuses what this version cannot serve."""
-    if config.enable_offload:
-        raise ConfigError("enable_offload = true: this version has no tier below the device; set it to false")
-    if config.events in {EventTransport.NATS, EventTransport.ZMQ}:
-        raise ConfigError(f"events = {config.events}: this version has no network transport; use events = inproc")
-    unset = [name for name in ("num_layers", "num_kv_heads", "head_dim") if getattr(config, name) is None]
-    if unset:
-        raise ConfigError(f"{', '.join(unset)} unset; take them from the model's configuration")
-    layout = functools.partial(
-        KVLayout,
-        num_layers=config.num_layers or 0,
-        num_kv_heads=config.num_kv_heads or 0,
-        head_dim=config.head_dim or 0,
-        block_size=config.block_size,
-        dtype=config.dtype,
-    )
-    if config.num_blocks is not None:
-        return layout(num_blocks=config.num_blocks)
-    device = jax.devices()[0]
-    memory = device.memory_stats()
-    if not memory or "bytes_limit" not in memory:
-        raise ConfigError(
-            f"num_blocks is unset and {device} reports no memory limit to take gpu_memory_fraction of; set num_blocks"
-        )
-    left = (memory["bytes_limit"] - memory["bytes_in_use"]) * config.gpu_memory_fraction
-    num_blocks = math.floor(left / layout(num_blocks=1).block_bytes)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"gpu_memory_fraction = {config.gpu_memory_fraction} leaves {left:,.0f} bytes, not one block of "
-            f"{layout(num_blocks=1).block_bytes:,}; free memory or use smaller blocks"
-        )
-    return layout(num_blocks=num_blocks)
