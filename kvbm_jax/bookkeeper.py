@@ -21,7 +21,7 @@ from kvbm_jax import grants, pool, sequences
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.types import Status
 
-__all__ = ["BlockCounts", "Bookkeeper", "EvictedBlocks", "Registered", "Started"]
+__all__ = ["BlockCounts", "Bookkeeper", "EvictedBlocks", "Registered", "Started", "cpu_device"]
 
 _REHASH_TRIES = 8
 
@@ -64,7 +64,7 @@ class Bookkeeper:
     """
 
     def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, max_blocks: int) -> None:
-        self._device = _cpu_device()
+        self._device = cpu_device()
         with jax.default_device(self._device):
             state = pool.init(num_blocks)
             running = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
@@ -290,7 +290,12 @@ class Bookkeeper:
         return padded, np.array(count, np.int32)
 
 
-def _cpu_device() -> jax.Device:
+def cpu_device() -> jax.Device:
+    """Returns JAX's CPU device, where bookkeeping lives.
+
+    Raises:
+      ConfigError: if JAX_PLATFORMS hides it.
+    """
     try:
         return jax.local_devices(backend="cpu")[0]
     except RuntimeError as error:

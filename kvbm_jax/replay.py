@@ -18,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvbm_jax import pool, traces
+from kvbm_jax.bookkeeper import cpu_device
 from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
 from kvbm_jax.protocols import Tier
@@ -109,8 +110,7 @@ def replay_requests(
             raise ConfigError(f"{name} is {blocks}; it must be at least 0")
     tiers = VictimTiers[int]([(Tier.G2, host_blocks), (Tier.G3, disk_blocks)]) if host_blocks or disk_blocks else None
     totals = _Totals(dict.fromkeys((Tier.G1, Tier.G2, Tier.G3), 0))
-    device = jax.local_devices(backend="cpu")[0]
-    with jax.default_device(device):
+    with jax.default_device(cpu_device()):
         state = pool.init(num_blocks)
         room = int(pool.release_room(state))
         # After a compaction the queue may hold all of the pool, so a batch must fit what is left then.

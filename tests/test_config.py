@@ -32,8 +32,8 @@ def test_defaults():
 
 
 def test_the_disk_tier_is_no_folder_shared_between_users(monkeypatch):
-    monkeypatch.setenv("XDG_CACHE_HOME", "/home/ada/.cache")
-    assert KvBlockManagerConfig().offload_path == pathlib.Path("/home/ada/.cache/kvbm_jax")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere/cache")
+    assert KvBlockManagerConfig().offload_path == pathlib.Path("/somewhere/cache/kvbm_jax")
 
 
 def test_later_sources_win(tmp_path):

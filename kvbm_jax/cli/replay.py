@@ -1,6 +1,7 @@
 """`kvbm-jax replay`: how much of a trace a pool of a given size would have found in its cache."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 from kvbm_jax.cli.report import Report, table
@@ -12,11 +13,12 @@ SUMMARY = "replay traces against the pool and count what its cache would have fo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
+    count, positive = _at_least(0), _at_least(1)
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, replayed in order as one")
-    parser.add_argument("--num-blocks", type=_positive, required=True, metavar="N", help="blocks of the pool")
-    parser.add_argument("--host-blocks", type=_count, default=0, metavar="N", help="blocks of tier G2 (default none)")
-    parser.add_argument("--disk-blocks", type=_count, default=0, metavar="N", help="blocks of tier G3 (default none)")
-    parser.add_argument("--limit", type=_positive, metavar="R", help="stop after this many requests")
+    parser.add_argument("--num-blocks", type=positive, required=True, metavar="N", help="blocks of the pool")
+    parser.add_argument("--host-blocks", type=count, default=0, metavar="N", help="blocks of tier G2 (default none)")
+    parser.add_argument("--disk-blocks", type=count, default=0, metavar="N", help="blocks of tier G3 (default none)")
+    parser.add_argument("--limit", type=positive, metavar="R", help="stop after this many requests")
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -47,13 +49,12 @@ def _number(name: str, value: object) -> str:
     return f"{value:.1%}" if name.endswith("_rate") else f"{value:,.3f}"
 
 
-def _count(text: str) -> int:
-    if not text.isascii() or not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer >= 0")
-    return int(text)
+def _at_least(low: int) -> Callable[[str], int]:
+    """A parser of integers from `low`."""
 
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is no integer >= {low}")
+        return int(text)
 
-def _positive(text: str) -> int:
-    if not text.isascii() or not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no integer >= 1")
-    return int(text)
+    return parse
