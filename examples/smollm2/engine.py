@@ -98,9 +98,12 @@ class Engine:
         self._prefill = {size: self._compile_prefill(size) for size in chunks}
         self._decode = self._compile_decode(max_sequences)
         self.manager.warm_up()
-        if num_blocks * block_size > 2:
-            self.generate([[self._eos]], 2, ignore_eos=True)
-            self.manager.clear()
+        # A program's first run is slower than the next ones, also when it is compiled.
+        room = min(num_blocks * block_size, self._context)
+        for size in chunks:
+            if size + 2 <= room:
+                self.generate([[self._eos] * size], 2, salt=f"warm-up {size}", ignore_eos=True)
+        self.manager.clear()
         self.compile_seconds = time.perf_counter() - begun
 
     def generate(
