@@ -75,7 +75,7 @@ class Engine:
         max_sequences: int = 1,
         dtype: str = "float32",
         sampler: Sampler | None = None,
-        chunks: Sequence[int] = (32, 64, 128, 256, 512),
+        chunks: Sequence[int] = (16, 32, 48, 64, 128, 256, 512),
     ) -> None:
         self._sampler = Sampler() if sampler is None else sampler
         self._context = model.config.context_length
