@@ -32,6 +32,7 @@ __all__ = ["CacheDtype", "EventTransport", "KvBlockManagerConfig"]
 _PREFIX = "KVBM_"
 _OTHER_VARIABLES = frozenset({"KVBM_TRACES"})  # read elsewhere: the folder of traces for replay
 _MAX_SLOTS = 2**31 - 1  # slots and block ids are int32 on the device
+_DISK_BUDGET = 10 << 30
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
 _NUMBER = re.compile(r"[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?")
 _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
@@ -97,7 +98,17 @@ class KvBlockManagerConfig:
         dataclasses.field(default_factory=_user_cache)
     )
     host_blocks: Annotated[int, _Says("blocks of the host tier, 0 for none; needs enable_offload", 0, _MAX_SLOTS)] = 0
-    disk_budget: Annotated[int, _Says("bytes of the disk tier, 0 for none; needs enable_offload", 0, 2**63 - 1)] = 0
+    disk_budget: Annotated[
+        int | None,
+        _Says(
+            "bytes of the disk tier, 0 for none; needs enable_offload; unset: 10 GiB if host_blocks = 0, else none",
+            0,
+            2**63 - 1,
+        ),
+    ] = None
+    model_id: Annotated[
+        str | None, _Says("names the model and its weights; the disk tier serves blocks of the same name only")
+    ] = None
     events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
     worker_id: Annotated[
@@ -121,6 +132,11 @@ class KvBlockManagerConfig:
                     f"{name} = {getattr(self, name)} but enable_offload = false: there is no tier to size; "
                     f"set enable_offload = true, or leave {name} at 0"
                 )
+        if self.enable_offload and not self.host_blocks and not self.disk_bytes:
+            raise ConfigError(
+                "enable_offload = true with host_blocks = 0 and disk_budget = 0: there is no tier; set one of them, "
+                "or enable_offload = false"
+            )
         if self.events_url is not None:
             if self.events not in {EventTransport.NATS, EventTransport.ZMQ}:
                 raise ConfigError(
@@ -131,6 +147,13 @@ class KvBlockManagerConfig:
                 raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
         if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
             raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")
+
+    @property
+    def disk_bytes(self) -> int:
+        """Bytes that the disk tier may take, 0 for none: `disk_budget`, or what it is if that is unset."""
+        if self.disk_budget is None:
+            return _DISK_BUDGET if self.enable_offload and not self.host_blocks else 0
+        return self.disk_budget
 
     @classmethod
     def load(

@@ -4,15 +4,38 @@ Handles are host objects that name state kept elsewhere. They never free anythin
 leave their `with` block, or give them back to the manager.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-__all__ = ["Block", "Sequence"]
+from kvbm_jax.hashing import HashAlgorithm, hash_bytes, hash_sequence
+from kvbm_jax.protocols import BlockKey, BlockRecord, Tier
+
+__all__ = ["Block", "Hasher", "Sequence"]
+
+
+@dataclass(frozen=True)
+class Hasher:
+    """How a manager names the blocks of its sequences."""
+
+    block_size: int
+    algorithm: HashAlgorithm
+
+    def __call__(
+        self,
+        tokens: ArrayLike,
+        salt: str = "",
+        lora_name: str | None = None,
+        parent: NDArray[np.uint32] | None = None,
+    ) -> NDArray[np.uint32]:
+        """Hashes whole blocks, u32[M, 4]; see `kvbm_jax.hashing.hash_sequence`."""
+        return hash_sequence(
+            tokens, self.block_size, algorithm=self.algorithm, salt=salt, lora_name=lora_name, parent=parent
+        )
 
 
 @dataclass(frozen=True)
@@ -52,10 +75,32 @@ class Sequence:
     num_cached: int  # prompt tokens found in the cache, which need no computation
     salt: str
     lora_name: str | None
-    hashes: NDArray[np.uint32] = field(repr=False)  # [M, 4], of the whole blocks of `tokens`
+    hashes: NDArray[np.uint32] = field(repr=False)  # [M, 4], of whole blocks of `tokens`; see `hash_blocks`
+    hasher: Hasher = field(repr=False)
     on_release: Callable[["Sequence"], None] = field(repr=False)
+    hits: Mapping[Tier, int] = field(default_factory=dict)  # the tokens of `num_cached` by the tier they were found in
+    reuse: bool = True  # whether it finds and leaves cached blocks
     num_registered: int = 0  # blocks that others can find
     released: bool = False
+
+    def hash_blocks(self, count: int) -> NDArray[np.uint32]:
+        """Returns the hashes of its first `count` whole blocks, u32[count, 4]."""
+        known = len(self.hashes)
+        if known < count:
+            tail = self.tokens[known * self.hasher.block_size : count * self.hasher.block_size]
+            parent = self.hashes[-1] if known else None
+            self.hashes = np.concatenate([self.hashes, self.hasher(tail, self.salt, self.lora_name, parent)])
+        return self.hashes[:count]
+
+    def record(self, index: int) -> BlockRecord:
+        """Returns what is known about its whole block `index`, which must have been hashed."""
+        size = self.hasher.block_size
+        return BlockRecord(
+            key=BlockKey(hash_bytes(self.hashes[index])),
+            parent_hash=hash_bytes(self.hashes[index - 1]) if index else None,
+            token_ids=tuple(self.tokens[index * size : (index + 1) * size]),
+            lora_name=self.lora_name,
+        )
 
     def release(self) -> None:
         """Ends the sequence, unless that has been done."""

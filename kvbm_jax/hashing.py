@@ -302,6 +302,11 @@ def _check_range(value: int, position: int, what: str) -> None:
         raise HashingError(f"{what} {value} at position {position} is outside [0, 2**32)")
 
 
+def hash_bytes(words: NDArray[np.uint32]) -> bytes:
+    """Returns a hash u32[4] as the 16 bytes that name its block in every tier."""
+    return words.astype("<u4").tobytes()
+
+
 def _parent_bytes(parent: ArrayLike) -> bytes:
     words = _as_uint32(parent, "parent word")
     if len(words) != 4:

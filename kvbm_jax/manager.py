@@ -3,18 +3,21 @@
 A server tells the manager what comes in; the manager finds cached prefixes, allocates, registers, evicts, and tells
 the world by events. The server runs its own compiled programs on the cache that the manager holds:
 
-    manager.start(tokens)            match the prefix, allocate the rest
+    manager.start(tokens)            match the prefix on the device and in the tiers below, allocate the rest
     manager.run(prefill, ...)        the server's program; takes the cache donated, returns it
     manager.register(seq, n)         what is computed becomes findable
     manager.reserve([seq], n)        blocks for a compiled decode loop
     manager.run(decode, ...)
     manager.commit(...)              its tokens, its sequences, what its grant has left
-    manager.release(seq)             blocks stay cached until they are evicted
+    manager.release(seq)             blocks stay cached until they are evicted, and are then offered to the tiers below
+    manager.close()                  what is cached is brought to the disk tier
 
 Calls are made from one thread. Subscriptions to events may be read from others.
 """
 
+import collections
 import functools
+import logging
 import time
 from collections import abc
 from dataclasses import replace
@@ -33,30 +36,39 @@ from kvbm_jax.bookkeeper import BlockCounts, Bookkeeper, EvictedBlocks
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
-from kvbm_jax.handles import Block, Sequence
-from kvbm_jax.hashing import check_tokens, hash_sequence
-from kvbm_jax.metrics import NullMetrics
-from kvbm_jax.protocols import BlockKey, BlockRecord, Clock, MetricsSink, Tier
+from kvbm_jax.handles import Block, Hasher, Sequence
+from kvbm_jax.hashing import check_tokens
+from kvbm_jax.metrics import GuardedMetrics, NullMetrics
+from kvbm_jax.offload import staging
+from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
+from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
+from kvbm_jax.residency import Residency
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
+from kvbm_jax.tiers import open_stores
 from kvbm_jax.types import Status
 
 __all__ = ["BlockManager"]
 
+_LOG = logging.getLogger(__name__)
+
 
 class BlockManager:
-    """Owns the pool (on JAX's CPU device) and the cache (on the default device).
+    """Owns the pool (on JAX's CPU device), the cache (on the default device) and the tiers below it.
 
     Args:
       config: sizes and choices; `num_layers`, `num_kv_heads`, `head_dim` and `num_blocks` must be set.
       max_sequences: how many sequences may run at once.
       max_sequence_tokens: bound of the length of one; None = the whole pool.
-      metrics: where measurements go; None = nowhere.
+      metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
       clock: time for events and durations; None = the system's.
+      stores: the tiers below the device, the fastest first, closed with the manager; None = those of `config`.
 
     Raises:
-      ConfigError: if a size is unset, the transport or the tiers asked for are absent, or there is no CPU device.
+      ConfigError: if a size is unset, the transport asked for is absent, a tier cannot be had, or there is no CPU
+        device.
       LayoutError: if a size is out of range.
+      MissingDependencyError: if the package of a tier is not installed.
     """
 
     def __init__(
@@ -67,6 +79,7 @@ class BlockManager:
         max_sequence_tokens: int | None = None,
         metrics: MetricsSink | None = None,
         clock: Clock | None = None,
+        stores: abc.Sequence[BlockStore] | None = None,
     ) -> None:
         self.config = config
         self.layout = layout_of(config)
@@ -78,7 +91,7 @@ class BlockManager:
         self._max_tokens = min(limit, self.layout.num_slots)
         self._max_blocks = min(-(-limit // config.block_size), self.layout.num_blocks)
         self._max_sequences = max_sequences
-        self._metrics: MetricsSink = NullMetrics() if metrics is None else metrics
+        self._metrics: MetricsSink = NullMetrics() if metrics is None else GuardedMetrics(metrics)
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
         silent = config.events is EventTransport.NONE
@@ -88,10 +101,20 @@ class BlockManager:
             block_size=config.block_size,
             clock=self._clock,
         )
+        self._hasher = Hasher(config.block_size, config.hash_algorithm)
         self._running: dict[int, Sequence] = {}
         self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
         self._tickets = 0
+        self._closed = False
         self._begin()
+        if stores is None:
+            stores = open_stores(config, self.layout, self._clock)
+        engine = None
+        if stores:
+            engine = OffloadEngine(
+                self.layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
+            )
+        self._residency = Residency(self._publisher, self._metrics, engine)
 
     def _begin(self) -> None:
         self._cache = kv_cache.init(self.layout)
@@ -106,17 +129,24 @@ class BlockManager:
     # Sequences.
 
     def start(
-        self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
+        self,
+        tokens: abc.Sequence[int] | NDArray[np.integer],
+        *,
+        salt: str = "",
+        lora_name: str | None = None,
+        reuse: bool = True,
     ) -> Sequence:
         """Begins a sequence: finds its cached prefix, holds it, and allocates blocks for the rest of the prompt.
 
-        At least the last token is left to compute, also when all of the prompt is cached. Tokens from
-        `seq.num_cached` on have slots, which the caller's prefill must fill before `register`.
+        What the device does not hold is looked for in the tiers below, and brought up before this returns. At least
+        the last token is left to compute, also when all of the prompt is cached. Tokens from `seq.num_cached` on have
+        slots, which the caller's prefill must fill before `register`.
 
         Args:
           tokens: the prompt, at least one token.
           salt: prefixes are shared within equal salts only.
           lora_name: adapter that the cache is computed with.
+          reuse: False for a sequence that neither finds cached blocks nor leaves any.
 
         Raises:
           HashingError: if a token is no integer in [0, 2**32).
@@ -136,13 +166,13 @@ class BlockManager:
                 f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
             )
         words = check_tokens(tokens)
-        hashes = self._hash(words, salt, lora_name, None)
-        row, begun = min(free_rows), self._clock.monotonic_ns()
-        reusable = (count - 1) // size
+        hashes = self._hasher(words, salt, lora_name)
+        row, reusable = min(free_rows), (count - 1) // size if reuse else 0
+        resident = self._book.match(hashes[:reusable]) if reusable else 0
+        # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
+        loaded = self._residency.load(hashes[resident:reusable])
+        begun = self._clock.monotonic_ns()
         started = self._book.start(row, hashes, reusable, count)
-        self._observe_allocation(begun, started.evicted)
-        self._metrics.count("kvbm_prefix_query_tokens_total", count)
-        self._metrics.count("kvbm_prefix_hit_tokens_total", started.num_cached)
         seq = Sequence(
             row=row,
             tokens=words.tolist(),
@@ -150,17 +180,42 @@ class BlockManager:
             salt=salt,
             lora_name=lora_name,
             hashes=hashes,
+            hasher=self._hasher,
             on_release=self.release,
+            hits={Tier.G1: started.num_cached},
+            reuse=reuse,
             num_registered=started.num_cached // size,
         )
         self._running[row] = seq
+        self._observe_allocation(begun, started.evicted)
+        if loaded is not None:
+            self._onboard(seq, loaded)
+        self._metrics.count("kvbm_prefix_query_tokens_total", count)
+        for tier, found in seq.hits.items():
+            self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
         return seq
+
+    def _onboard(self, seq: Sequence, loaded: Loaded) -> None:
+        """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
+        size, first = self.layout.block_size, seq.num_registered
+        last = first + len(loaded.tiers)
+        try:
+            self.run(staging.onboard, self._book.table(seq.row)[first:last], loaded.rows)
+        except CacheLostError:
+            raise
+        except Exception:  # noqa: BLE001 (no memory on the device, say: the blocks are computed instead)
+            _LOG.exception("%d blocks could not be brought up", len(loaded.tiers))
+            return
+        self._register(seq, last * size)
+        seq.num_cached = last * size
+        counts = collections.Counter(loaded.tiers)
+        seq.hits = {**seq.hits, **{tier: blocks * size for tier, blocks in sorted(counts.items())}}
 
     def match(
         self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
     ) -> int:
-        """Returns how many leading tokens, in whole blocks, are cached now; nothing is held."""
-        return self._book.match(self._hash(tokens, salt, lora_name, None)) * self.layout.block_size
+        """Returns how many leading tokens, in whole blocks, the device holds now; nothing is held for the caller."""
+        return self._book.match(self._hasher(tokens, salt, lora_name)) * self.layout.block_size
 
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
         """Appends tokens to running sequences and gives them slots, for steps that the host drives one by one.
@@ -210,14 +265,13 @@ class BlockManager:
         if not 0 <= computed <= slots:
             raise BlockStateError(f"{computed} tokens cannot be computed in a sequence that has {slots} slots")
         first, last = seq.num_registered, computed // size
-        if last <= first:
+        if last <= first or not seq.reuse:
             return 0
-        self._rehash_tail(seq, last)
-        done = self._book.register(seq.row, seq.hashes[first:last], first)
+        done = self._book.register(seq.row, seq.hash_blocks(last)[first:], first)
         seq.num_registered = last
         index = first + np.flatnonzero(done.new)
         if len(index):
-            self._publisher.created(Tier.G1, done.block_ids[done.new], [_record(seq, int(i), size) for i in index])
+            self._residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
         return len(index)
 
     def release(self, seq: Sequence) -> None:
@@ -230,6 +284,7 @@ class BlockManager:
         self._book.release(seq.row)
         del self._running[seq.row]
         seq.released = True
+        self._residency.released(seq.hashes[: seq.num_registered])
         self._update_gauges()
 
     # Compiled programs.
@@ -242,6 +297,9 @@ class BlockManager:
     def warm_up(self) -> None:
         """Compiles the manager's own programs, so that the first requests do not wait for them."""
         self._book.warm_up()
+        self._residency.warm_up(self._cache)
+        if self._residency.has_tiers:
+            self.run(staging.warm_up)
 
     @property
     def cache(self) -> kv_cache.KVCache:
@@ -453,15 +511,43 @@ class BlockManager:
         """Returns the numbers of reset, inactive (cached) and held blocks."""
         return self._book.stats()
 
+    def tier_stats(self) -> dict[Tier, StoreStats]:
+        """Returns sizes and counters of the tiers below the device."""
+        return self._residency.stats()
+
     def clear(self) -> int:
-        """Forgets every cached block that no sequence holds, and returns how many."""
+        """Forgets every cached block that no sequence holds, in all tiers, and returns how many were on the device."""
         evicted = self._book.evict()
-        self._tell_evicted(evicted)
+        self._residency.cleared(evicted)
         self._update_gauges()
         return len(evicted.block_ids)
 
-    def close(self) -> None:
-        """Ends the events; idempotent."""
+    def flush(self, seconds: float | None = None) -> FlushReport:
+        """Copies what is cached, on the device and in host memory, to the disk tier; nothing is evicted by it.
+
+        Args:
+          seconds: how long to wait; None for as long as it takes. What is under way then goes on.
+
+        Returns:
+          How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
+        """
+        return self._residency.flush(self._cache, seconds)
+
+    def close(self, seconds: float | None = 60.0, *, flush: bool = True) -> None:
+        """Flushes, and ends tiers and events; idempotent.
+
+        Args:
+          seconds: how long flushing may take; None for as long as it takes.
+          flush: False to leave the disk tier as it is.
+        """
+        if self._closed:
+            return
+        self._closed = True
+        if flush:
+            report = self.flush(seconds)
+            if report.failed or report.pending:
+                _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
+        self._residency.close(seconds)
         self._bus.close()
 
     def __enter__(self) -> Self:
@@ -470,7 +556,7 @@ class BlockManager:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self.close(flush=kind is None)
 
     def _lose(self) -> None:
         for seq in self._running.values():
@@ -478,7 +564,7 @@ class BlockManager:
         self._running.clear()
         self._grants.clear()
         self._begin()
-        self._publisher.cleared(Tier.G1)
+        self._residency.lost()
 
     def _beside_cache[T](self, tree: T) -> T:
         """Copies a pytree to the device of the cache: the caller may donate it."""
@@ -507,45 +593,14 @@ class BlockManager:
         if block.owner is self._book and self._book.is_current(*self._columns([block])):
             self.free_blocks([block])
 
-    def _hash(
-        self,
-        tokens: abc.Sequence[int] | NDArray[np.integer],
-        salt: str,
-        lora_name: str | None,
-        parent: NDArray[np.uint32] | None,
-    ) -> NDArray[np.uint32]:
-        return hash_sequence(
-            tokens,
-            self.layout.block_size,
-            algorithm=self.config.hash_algorithm,
-            salt=salt,
-            lora_name=lora_name,
-            parent=parent,
-        )
-
-    def _rehash_tail(self, seq: Sequence, count: int) -> None:
-        """Brings the hashes of a sequence up to `count` blocks."""
-        known = len(seq.hashes)
-        if known < count:
-            size = self.layout.block_size
-            parent = seq.hashes[-1] if known else None
-            tail = self._hash(seq.tokens[known * size : count * size], seq.salt, seq.lora_name, parent)
-            seq.hashes = np.concatenate([seq.hashes, tail])
-
     def _check_running(self, seq: Sequence) -> None:
         if self._running.get(seq.row) is not seq:
             raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
 
     def _observe_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
         self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
-        self._tell_evicted(evicted)
+        self._residency.evicted(self._cache, evicted)
         self._update_gauges()
-
-    def _tell_evicted(self, evicted: EvictedBlocks) -> None:
-        if len(evicted.block_ids):
-            self._metrics.count("kvbm_eviction_count_total", len(evicted.block_ids))
-            keys = [BlockKey(_bytes(words)) for words in evicted.hashes]
-            self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
 
     def _update_gauges(self) -> None:
         counts = self._book.stats()
@@ -563,18 +618,3 @@ def _store_layer(
 ) -> tuple[kv_cache.KVCache, None]:
     """Writes [C, T, H, D] to the slots of one block; donates the cache."""
     return kv_cache.store_kv(cache, layer, data[0], data[1], slots), None
-
-
-def _record(seq: Sequence, index: int, size: int) -> BlockRecord:
-    """What is known about the whole block `index` of a sequence."""
-    return BlockRecord(
-        key=BlockKey(_bytes(seq.hashes[index])),
-        parent_hash=_bytes(seq.hashes[index - 1]) if index else None,
-        token_ids=tuple(seq.tokens[index * size : (index + 1) * size]),
-        lora_name=seq.lora_name,
-    )
-
-
-def _bytes(words: NDArray[np.uint32]) -> bytes:
-    """The 16 bytes of a hash u32[4]."""
-    return words.astype("<u4").tobytes()

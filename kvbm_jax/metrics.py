@@ -6,14 +6,20 @@ serves tests and notebooks. A name that is not declared, or labels other than th
 and not a new series.
 """
 
+import contextlib
 import enum
+import logging
 import threading
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
-from kvbm_jax.errors import ConfigError
+from kvbm_jax.errors import ConfigError, KvbmError
+from kvbm_jax.protocols import MetricsSink
 
-__all__ = ["METRICS", "Metric", "MetricKind", "Histogram", "NullMetrics", "InMemoryMetrics"]
+__all__ = ["METRICS", "Metric", "MetricKind", "Histogram", "NullMetrics", "InMemoryMetrics", "GuardedMetrics"]
+
+
+_LOG = logging.getLogger(__name__)
 
 
 class MetricKind(enum.StrEnum):
@@ -35,7 +41,8 @@ class Metric:
     buckets: tuple[float, ...] = ()  # upper bounds of a histogram's buckets, rising; one more is open above
 
 
-_MICRO = 1e-6
+_SECONDS = tuple(1e-6 * bound for bound in (10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6))
+_EDGE = ("source", "target")
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -45,11 +52,18 @@ METRICS: dict[str, Metric] = {
             "kvbm_allocation_latency_seconds",
             MetricKind.HISTOGRAM,
             "time of one allocation call, evictions included",
-            buckets=tuple(_MICRO * bound for bound in (10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6)),
+            buckets=_SECONDS,
         ),
         Metric("kvbm_eviction_count_total", MetricKind.COUNTER, "registered blocks evicted from the device"),
         Metric("kvbm_prefix_query_tokens_total", MetricKind.COUNTER, "tokens looked up in the prefix index"),
-        Metric("kvbm_prefix_hit_tokens_total", MetricKind.COUNTER, "of these, tokens whose block was resident"),
+        Metric("kvbm_prefix_hit_tokens_total", MetricKind.COUNTER, "of these, tokens found, by tier", ("tier",)),
+        Metric("kvbm_transfer_blocks_total", MetricKind.COUNTER, "blocks copied from tier to tier", _EDGE),
+        Metric("kvbm_transfer_bytes_total", MetricKind.COUNTER, "bytes copied from tier to tier", _EDGE),
+        Metric("kvbm_transfer_failures_total", MetricKind.COUNTER, "blocks that failed to cross", (*_EDGE, "reason")),
+        Metric("kvbm_transfer_seconds", MetricKind.HISTOGRAM, "time of one batch of copies", _EDGE, _SECONDS),
+        Metric("kvbm_transfer_in_flight_bytes", MetricKind.GAUGE, "staging memory in use"),
+        Metric("kvbm_transfer_queue_depth", MetricKind.GAUGE, "batches waiting for the offload worker"),
+        Metric("kvbm_offload_dropped_blocks_total", MetricKind.COUNTER, "evicted blocks lost to backpressure"),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
         Metric("kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber too slow"),
     )
@@ -126,6 +140,44 @@ class InMemoryMetrics:
             else:
                 found[series] = value
         return found
+
+
+class GuardedMetrics:
+    """Passes measurements on to a sink that may break: what it raises is logged, and the caller goes on.
+
+    The library's own mistakes, undeclared names for example, still raise.
+
+    Args:
+      sink: takes the measurements.
+    """
+
+    def __init__(self, sink: MetricsSink) -> None:
+        self._sink = sink
+
+    def count(self, name: str, amount: float = 1, /, **labels: str) -> None:
+        """Adds to a counter."""
+        with _logged(name):
+            self._sink.count(name, amount, **labels)
+
+    def gauge(self, name: str, value: float, /, **labels: str) -> None:
+        """Sets a gauge."""
+        with _logged(name):
+            self._sink.gauge(name, value, **labels)
+
+    def observe(self, name: str, value: float, /, **labels: str) -> None:
+        """Adds one value to a histogram."""
+        with _logged(name):
+            self._sink.observe(name, value, **labels)
+
+
+@contextlib.contextmanager
+def _logged(name: str) -> Iterator[None]:
+    try:
+        yield
+    except KvbmError:
+        raise
+    except Exception:  # noqa: BLE001 (a sink may raise anything)
+        _LOG.exception("the metrics sink failed on %s", name)
 
 
 def _label_values(name: str, kind: MetricKind, labels: dict[str, str]) -> tuple[str, ...]:

@@ -19,8 +19,6 @@ def layout_of(config: KvBlockManagerConfig) -> KVLayout:
       ConfigError: if a size is unset, what it asks for is not there, or the device has no room for one block.
       LayoutError: if a size is out of range.
     """
-    if config.enable_offload:
-        raise ConfigError("enable_offload = true: this version has no tier below the device; set it to false")
     if config.events in {EventTransport.NATS, EventTransport.ZMQ}:
         raise ConfigError(f"events = {config.events}: this version has no network transport; use events = inproc")
     unset = [name for name in ("num_layers", "num_kv_heads", "head_dim") if getattr(config, name) is None]

@@ -26,7 +26,7 @@ def test_defaults():
     config = load()
     assert config == KvBlockManagerConfig()
     assert (config.block_size, config.gpu_memory_fraction, config.enable_offload) == (64, 0.9, False)
-    assert (config.num_blocks, config.host_blocks, config.disk_budget) == (None, 0, 0)
+    assert (config.num_blocks, config.host_blocks, config.disk_budget) == (None, 0, None)
     assert config.hash_algorithm is HashAlgorithm.BLAKE3
     assert config.events is EventTransport.INPROC
 
@@ -57,6 +57,7 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "offload_path": "/data/kv",
         "host_blocks": 9,
         "disk_budget": 2**40,
+        "model_id": "m/1",
         "events": "zmq",
         "events_url": "tcp://127.0.0.1:5557",
         "worker_id": "w-1",
@@ -200,6 +201,7 @@ def test_an_absent_file_is_named(tmp_path):
     [
         ({"host_blocks": 1}, "host_blocks = 1 but enable_offload = false"),
         ({"disk_budget": 1}, "disk_budget = 1 but enable_offload = false"),
+        ({"enable_offload": True, "disk_budget": 0}, "there is no tier; set one of them"),
         ({"num_blocks": 2**25, "block_size": 64}, "2,147,483,648 slots"),
         ({"events_url": "tcp://h:1"}, "events_url = 'tcp://h:1' but events = inproc"),
         ({"events_url": "h:1", "events": "nats"}, "such as tcp://host:port"),
@@ -216,6 +218,13 @@ def test_keys_that_contradict_each_other(values, message):
 def test_tier_sizes_are_accepted_with_offload_and_zero_without():
     assert KvBlockManagerConfig(enable_offload=True, host_blocks=5, disk_budget=6).host_blocks == 5
     assert KvBlockManagerConfig(host_blocks=0, disk_budget=0).disk_budget == 0
+
+
+def test_the_disk_tier_is_what_offloading_means_unless_there_is_another():
+    assert KvBlockManagerConfig().disk_bytes == 0
+    assert KvBlockManagerConfig(enable_offload=True).disk_bytes == 10 * 2**30
+    assert KvBlockManagerConfig(enable_offload=True, host_blocks=5).disk_bytes == 0
+    assert KvBlockManagerConfig(enable_offload=True, host_blocks=5, disk_budget=6).disk_bytes == 6
 
 
 @given(fraction=st.floats(0, 1, exclude_min=True), blocks=st.integers(1, 2**24))

@@ -34,7 +34,19 @@ FLOORS = {
     1: ["kernels", "cache", "attention", "step"],
     2: ["hashing", "identity", "config", "events", "metrics"],
     3: ["offload", "transfer"],
-    4: ["bookkeeper", "handles", "manager", "sizing", "connector", "snapshot", "controller", "replay", "traces"],
+    4: [
+        "bookkeeper",
+        "handles",
+        "manager",
+        "residency",
+        "sizing",
+        "tiers",
+        "connector",
+        "snapshot",
+        "controller",
+        "replay",
+        "traces",
+    ],
     5: ["cli", "flax", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}

@@ -376,7 +376,7 @@ def test_metrics_follow():
             pass
         found = metrics.snapshot()
     assert found["kvbm_prefix_query_tokens_total"] == 9 + 9 + 32
-    assert found["kvbm_prefix_hit_tokens_total"] == 8
+    assert found['kvbm_prefix_hit_tokens_total{tier="g1"}'] == 8
     assert found["kvbm_eviction_count_total"] == 2
     assert found["kvbm_events_published_total"] == 4
     assert found["kvbm_allocation_latency_seconds"].count == 3
@@ -415,7 +415,7 @@ def test_an_index_that_refuses_is_rehashed():
     ("changes", "message"),
     [
         ({"num_layers": None}, "num_layers unset"),
-        ({"enable_offload": True}, "enable_offload = true"),
+        ({"enable_offload": True}, "model_id is unset"),
         ({"events": "zmq"}, "events = zmq"),
         ({"num_blocks": None}, "reports no memory limit"),
     ],

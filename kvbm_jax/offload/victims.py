@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from kvbm_jax.protocols import Tier
 
-__all__ = ["Move", "VictimTiers"]
+__all__ = ["Move", "Plan", "Transfer", "VictimTiers", "plan"]
 
 
 class Move[K](NamedTuple):
@@ -84,3 +84,35 @@ class VictimTiers[K: Hashable]:
     def count(self, tier: Tier) -> int:
         """Returns how many blocks a tier holds."""
         return len(self._held[tier])
+
+
+class Transfer[K](NamedTuple):
+    """One block whose bytes must be written to a tier."""
+
+    key: K
+    origin: Tier  # where the bytes are
+    target: Tier
+
+
+class Plan[K](NamedTuple):
+    """What a series of moves comes to, once blocks that only passed through a tier are left out."""
+
+    transfers: list[Transfer[K]]  # to be read from their origins before anything is removed
+    removed: list[tuple[K, Tier]]  # held below G1 before the moves, to be deleted there before anything is written
+    dropped: list[tuple[K, Tier]]  # tiers whose claim ends without the block going down: it is gone, or there already
+
+
+def plan[K: Hashable](moves: Sequence[Move[K]]) -> Plan[K]:
+    """Sums moves up, in their order."""
+    arriving: dict[tuple[K, Tier], Tier] = {}  # (block, tier) -> where its bytes are
+    removed: list[tuple[K, Tier]] = []
+    dropped: list[tuple[K, Tier]] = []
+    for key, source, target, present in moves:
+        origin = arriving.pop((key, source), source)
+        if origin is source and source > Tier.G1:
+            removed.append((key, source))
+        if target is None or present:
+            dropped.append((key, origin))
+        else:
+            arriving[key, target] = origin
+    return Plan([Transfer(key, origin, target) for (key, target), origin in arriving.items()], removed, dropped)

@@ -1,0 +1,359 @@
+"""The tiers below the device: decisions on the caller's thread, bytes in the background.
+
+The tiers are victim tiers (`victims`): what the device evicts is offered to the host, what the host takes out to the
+disk. Which tier holds what is decided at once and in the order of calls, so that a run finds exactly what a replay of
+the same requests finds. The bytes follow on one worker (`mover`), in the same order.
+
+    evicted --gather--> staging --worker--> G2 store --worker--> G3 store
+                                               |                    |
+    cache <--scatter-- verified rows <---------+--------------------+
+
+A decode step never waits: when too much is in flight, what is evicted is dropped and counted. Stores verify what they
+read; a block that cannot be had is a miss, is counted, and is forgotten.
+
+Axes: n blocks of a call, P bytes of a block.
+"""
+
+import logging
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax.cache import KVCache
+from kvbm_jax.events import EventPublisher
+from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
+from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
+from kvbm_jax.offload.staging import StagingRing
+from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
+from kvbm_jax.protocols import (
+    BlockKey,
+    BlockRecord,
+    BlockStore,
+    Clock,
+    MetricsSink,
+    Outcome,
+    StoreRow,
+    StoreStats,
+    Tier,
+)
+
+__all__ = ["FlushReport", "Loaded", "OffloadEngine", "Resident"]
+
+_LOG = logging.getLogger(__name__)
+_ALIGNMENT = 64  # bytes: what lies so is taken by JAX's CPU device without a copy
+_FLUSH_BLOCKS = 64
+_MAX_BYTES_IN_FLIGHT = 1 << 30
+
+
+class Resident(NamedTuple):
+    """A registered block on the device, and what is known about it."""
+
+    block_id: int
+    record: BlockRecord
+
+
+class Loaded(NamedTuple):
+    """Blocks brought up from the tiers, verified: rows u8[n, P], and where each was found."""
+
+    rows: NDArray[np.uint8]
+    tiers: tuple[Tier, ...]
+
+
+class FlushReport(NamedTuple):
+    """What a flush did by its deadline, in blocks."""
+
+    written: int  # the lowest tier has them now, and had not before
+    failed: int
+    pending: int  # not there yet
+
+
+class OffloadEngine:
+    """Owns the stores below the device. Its methods are called from one thread, that of the manager.
+
+    Args:
+      layout: of the cache.
+      stores: from the fastest down; what they hold already is taken over.
+      publisher: tells events.
+      metrics: counts what crosses each edge.
+      clock: for durations.
+      max_bytes_in_flight: bound of the memory that moves may hold.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        stores: Sequence[BlockStore],
+        *,
+        publisher: EventPublisher,
+        metrics: MetricsSink,
+        clock: Clock,
+        max_bytes_in_flight: int = _MAX_BYTES_IN_FLIGHT,
+    ) -> None:
+        self._stores = {store.tier: store for store in stores}
+        self._capacities = {store.tier: _capacity(store) for store in stores}
+        self._tiers = VictimTiers[BlockKey](list(self._capacities.items()))
+        roomy = [tier for tier, blocks in self._capacities.items() if blocks] or [Tier.G2]
+        self._top, self._lowest = min(roomy), max(roomy)
+        self._block_bytes = layout.block_bytes
+        self._max_bytes = max_bytes_in_flight
+        self._metrics = metrics
+        self._clock = clock
+        self._ring = StagingRing(layout)
+        self._announcer = TierAnnouncer(publisher)
+        self._mover = Mover(
+            stores,
+            block_bytes=layout.block_bytes,
+            ring=self._ring,
+            announcer=self._announcer,
+            metrics=metrics,
+            clock=clock,
+        )
+        for store in stores:
+            self._adopt(store)
+        self._update_gauges()
+
+    def warm_up(self, cache: KVCache) -> None:
+        """Compiles the programs of offloading."""
+        self._ring.warm_up(cache)
+
+    def registered(self, blocks: Sequence[Resident]) -> None:
+        """Tells that the device holds blocks."""
+        self._announcer.created(Tier.G1, [Arrival(block.record, block.block_id) for block in blocks])
+
+    def offload(self, cache: KVCache, evicted: Sequence[Resident]) -> None:
+        """Offers blocks that the device has just evicted, in order of eviction, to the tiers below.
+
+        The gather of their contents is dispatched before this returns: whatever the caller runs next may overwrite
+        them.
+        """
+        self._forget_lost()
+        new = sum(self._tiers.locate(block.record.key) is not self._top for block in evicted)
+        needed = self._ring.bytes_for(new) + new * self._block_bytes  # each may push another one down
+        in_flight = self._mover.bytes_in_flight
+        if in_flight and in_flight + needed > self._max_bytes:
+            self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
+            self._announcer.deleted(Tier.G1, {block.record.key: block.block_id for block in evicted})
+            return
+        moves = [move for block in evicted for move in self._tiers.offer(block.record.key)]
+        self._submit(cache, plan(moves), {block.record.key: block for block in evicted}, is_copy=False)
+        self._update_gauges()
+
+    def load(self, keys: Sequence[BlockKey]) -> Loaded:
+        """Reads the longest prefix of `keys` that the tiers hold; they become the most recent of their tiers.
+
+        Waits for the bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
+        """
+        self._forget_lost()
+        tiers: list[Tier] = []
+        for key in keys:
+            tier = self._tiers.locate(key)
+            if tier is None:
+                break
+            tiers.append(tier)
+        for key, tier in zip(keys, tiers, strict=False):
+            self._tiers.touch(key, tier)
+        rows = _aligned_rows(len(tiers), self._block_bytes)
+        if tiers:
+            self._mover.settle()
+        found = self._read(list(keys[: len(tiers)]), tiers, rows)
+        return Loaded(rows[: len(found)], tuple(found))
+
+    def flush(self, cache: KVCache, residents: Sequence[Resident], seconds: float | None) -> FlushReport:
+        """Copies what the device and the tiers hold to the disk, without taking it from where it is.
+
+        Args:
+          cache: the cache.
+          residents: registered blocks on the device, the least valuable first.
+          seconds: how long to wait; None for as long as it takes. What is under way then goes on.
+
+        Returns:
+          What was done; all zeros if no tier outlives the process.
+        """
+        if self._lowest is Tier.G2:
+            return FlushReport(0, 0, 0)
+        deadline = _Deadline(self._clock, seconds)
+        on_device = {block.record.key: block for block in residents}
+        origins = {
+            key: tier
+            for tier in reversed(self._stores)
+            if tier is not self._lowest
+            for key in self._tiers.oldest_first(tier)
+        }
+        for key in on_device:
+            origins.pop(key, None)  # to be named last, as the most recent
+            origins[key] = Tier.G1
+        wanted = list(origins.items())[-self._capacities[self._lowest] :]
+        jobs: list[Job] = []
+        for first in range(0, len(wanted), _FLUSH_BLOCKS):
+            part = wanted[first : first + _FLUSH_BLOCKS]
+            if not self._mover.wait_below(max(self._max_bytes // 2, 1), deadline.left()):
+                break
+            self._forget_lost()
+            jobs.append(self._copy_down(cache, dict(part), on_device))
+        self._mover.wait_idle(deadline.left())
+        self._forget_lost()
+        results = [job.done.result() if job.done.done() else JobResult() for job in jobs]
+        begun = len(jobs) * _FLUSH_BLOCKS
+        pending = sum(len(job.transfers) for job in jobs if not job.done.done())
+        pending += sum(not self._tiers.holds(key, self._lowest) for key, _ in wanted[begun:])
+        return FlushReport(sum(r.written for r in results), sum(r.failed for r in results), pending)
+
+    def stats(self) -> dict[Tier, StoreStats]:
+        """Returns sizes and counters by tier."""
+        return {tier: store.stats() for tier, store in self._stores.items()}
+
+    def clear(self) -> None:
+        """Empties every tier below the device."""
+        for tier in self._stores:
+            keys = list(self._tiers.oldest_first(tier))
+            for key in keys:
+                self._tiers.discard(key, tier)
+            self._mover.forget(tier, dict.fromkeys(keys))
+        self._update_gauges()
+
+    def close(self, seconds: float | None) -> None:
+        """Lets moves under way end, `seconds` at most, and closes the stores."""
+        self._mover.close(seconds)
+
+    def _adopt(self, store: BlockStore) -> None:
+        """Takes over what a store holds, the oldest first."""
+        held = {record.key: (block_id, record) for block_id, record in store.records()}
+        above = Tier(store.tier - 1)
+        surplus = [move.key for key in held for move in self._tiers.offer(key, above) if move.source is store.tier]
+        kept = [
+            Arrival(record, block_id) for key, (block_id, record) in held.items() if self._tiers.holds(key, store.tier)
+        ]
+        if surplus:
+            store.delete(surplus)
+        self._announcer.created(store.tier, kept)
+
+    def _copy_down(
+        self, cache: KVCache, origins: Mapping[BlockKey, Tier], on_device: Mapping[BlockKey, Resident]
+    ) -> Job:
+        """Has blocks copied to the lowest tier where it lacks them."""
+        moves = [move for key in origins for move in self._tiers.offer(key, Tier(self._lowest - 1))]
+        decided = plan(moves)
+        transfers = [Transfer(key, origins[key], target) for key, _, target in decided.transfers]
+        removed = [(key, tier) for key, tier in decided.removed if tier is self._lowest]
+        return self._submit(cache, Plan(transfers, removed, []), on_device, is_copy=True)
+
+    def _submit(
+        self, cache: KVCache, moves: Plan[BlockKey], on_device: Mapping[BlockKey, Resident], *, is_copy: bool
+    ) -> Job:
+        """Stages what comes from the device and hands the rest to the mover."""
+        going = [on_device[transfer.key] for transfer in moves.transfers if transfer.origin is Tier.G1]
+        try:
+            arrays = self._ring.gather(cache, np.array([block.block_id for block in going], np.int32))
+        except Exception:  # noqa: BLE001 (no memory on the device, say: the mover finds the bytes missing)
+            _LOG.exception("%d blocks could not be gathered", len(going))
+            arrays = []
+        staged, first = [], 0
+        for array in arrays:
+            part = going[first : first + array.shape[0]]
+            staged.append(Staged(array, [block.record for block in part]))
+            first += len(part)
+        from_stores = len(moves.transfers) - len(going)
+        leaving = {} if is_copy else {block.record.key: block.block_id for block in going}
+        job = Job(
+            moves.transfers,
+            moves.removed,
+            staged,
+            self._announcer.leave(Tier.G1, leaving),
+            is_copy,
+            self._ring.bytes_for(len(going)) + from_stores * self._block_bytes,
+        )
+        self._announcer.deleted(
+            Tier.G1, {key: on_device[key].block_id for key, tier in moves.dropped if tier is Tier.G1}
+        )
+        self._mover.submit(job)
+        return job
+
+    def _read(self, keys: Sequence[BlockKey], tiers: Sequence[Tier], rows: NDArray[np.uint8]) -> list[Tier]:
+        """Reads blocks into rows u8[n, P]; returns where each was found, up to the first that could not be had."""
+        begun = self._clock.monotonic_ns()
+        found: dict[int, Tier] = {}
+        runs: list[tuple[Tier, list[int]]] = []
+        for i, (key, tier) in enumerate(zip(keys, tiers, strict=True)):
+            pending = self._mover.pending(key, tier)
+            if pending is not None:
+                rows[i] = pending
+                found[i] = tier
+            elif runs and runs[-1][0] is tier and runs[-1][1][-1] == i - 1:
+                runs[-1][1].append(i)
+            else:
+                runs.append((tier, [i]))
+        futures = [self._stores[tier].get([keys[i] for i in run], rows[run[0] : run[-1] + 1]) for tier, run in runs]
+        for (tier, run), future in zip(runs, futures, strict=True):
+            for i, row in zip(run, future.result(), strict=True):
+                if row.outcome is Outcome.OK:
+                    found[i] = tier
+                else:
+                    self._lose(keys[i], tier, row)
+        self._observe_read(list(found.values()), begun)
+        for i, key in enumerate(keys):
+            lower = self._tiers.locate(key) if i not in found else None
+            if lower is not None and self._read([key], [lower], rows[i : i + 1]):
+                found[i] = lower
+            if i not in found:
+                return [found[j] for j in range(i)]
+        return [found[i] for i in range(len(keys))]
+
+    def _lose(self, key: BlockKey, tier: Tier, row: StoreRow) -> None:
+        """Counts a block that could not be read, and forgets it."""
+        self._metrics.count(
+            "kvbm_transfer_failures_total", source=tier.label, target=Tier.G1.label, reason=row.outcome.value
+        )
+        self._tiers.discard(key, tier)
+        self._mover.forget(tier, {key: row.block_id or 0})
+
+    def _forget_lost(self) -> None:
+        """Takes account of blocks that the mover could not put."""
+        for key, tier in self._mover.take_lost():
+            self._tiers.discard(key, tier)
+            # It may have been put again meanwhile: policy and store must agree.
+            self._mover.forget(tier, {key: None})
+
+    def _observe_read(self, tiers: Iterable[Tier], begun: int) -> None:
+        seconds = (self._clock.monotonic_ns() - begun) / 1e9
+        for tier in self._stores:
+            count = sum(found is tier for found in tiers)
+            if count:
+                edge = {"source": tier.label, "target": Tier.G1.label}
+                self._metrics.count("kvbm_transfer_blocks_total", count, **edge)
+                self._metrics.count("kvbm_transfer_bytes_total", count * self._block_bytes, **edge)
+                self._metrics.observe("kvbm_transfer_seconds", seconds, **edge)
+
+    def _update_gauges(self) -> None:
+        for tier, capacity in self._capacities.items():
+            held = self._tiers.count(tier)
+            self._metrics.gauge("kvbm_blocks_allocated", held, tier=tier.label)
+            self._metrics.gauge("kvbm_blocks_free", capacity - held, tier=tier.label)
+
+
+class _Deadline:
+    """A point in time, or none."""
+
+    def __init__(self, clock: Clock, seconds: float | None) -> None:
+        self._clock = clock
+        self._end = None if seconds is None else clock.monotonic_ns() + seconds * 1e9
+
+    def left(self) -> float | None:
+        """Returns the seconds until then, at least 0; None for no end."""
+        return None if self._end is None else max(self._end - self._clock.monotonic_ns(), 0) / 1e9
+
+
+def _capacity(store: BlockStore) -> int:
+    """Blocks that a store may hold."""
+    capacity = store.stats().capacity
+    return sys.maxsize if capacity is None else capacity
+
+
+def _aligned_rows(count: int, block_bytes: int) -> NDArray[np.uint8]:
+    """Fresh memory u8[n, P] at an address that JAX's CPU device can take over as it is."""
+    memory = np.empty((count * block_bytes + _ALIGNMENT,), np.uint8)
+    first = -memory.ctypes.data % _ALIGNMENT
+    return memory[first : first + count * block_bytes].reshape(count, block_bytes)

@@ -1,0 +1,151 @@
+"""Staging arrays: where blocks lie on the device between the cache and the host.
+
+Order is kept by data dependence. Offloading dispatches a gather of the victims into a staging array before any program
+that may overwrite them, so the blocks may be reused at once: no pin, no wait. Copying to the host happens later, in
+the background. Onboarding goes the other way: bytes that the host has verified are scattered into the donated cache.
+
+A staging array holds a fixed number of blocks in the layout `fully_contiguous`. Arrays form a ring: a gather writes
+into one by donation, so warm memory is used again, once its copy to the host is done. There are small arrays, for the
+block or two that a decode step evicts, and large ones.
+
+Axes: R rows (blocks) of a staging array; L, C, T, H, D as in `kvbm_jax.layout`; P bytes of a block.
+"""
+
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax import cache as kv_cache
+from kvbm_jax.layout import KVLayout
+
+__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_of", "warm_up"]
+
+SMALL = 4
+"""R of a small staging array."""
+
+LARGE = 32
+"""R of a large staging array."""
+
+
+class StagingRing:
+    """Staging arrays for one cache layout.
+
+    Args:
+      layout: of the cache.
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._block_shape = _block_shape(layout)
+        self._block_bytes = layout.block_bytes
+        self._dtype = jnp.dtype(layout.dtype)
+        self._free: dict[int, list[jax.Array]] = {SMALL: [], LARGE: []}
+        self._lock = threading.Lock()
+
+    def bytes_for(self, count: int) -> int:
+        """Returns the bytes of the staging arrays that `count` blocks need."""
+        return sum(_sizes(count)) * self._block_bytes
+
+    def gather(self, cache: kv_cache.KVCache, block_ids: NDArray[np.int32]) -> list[jax.Array]:
+        """Dispatches the gather of blocks i32[n] and returns at once.
+
+        Returns:
+          Staging arrays, filled in order and all but the last of each size wholly, to be given back by `release`.
+        """
+        sharding = cache.arrays[0].sharding
+        arrays = []
+        first = 0
+        for rows in _sizes(len(block_ids)):
+            ids = np.full((rows,), cache.layout.num_blocks, np.int32)
+            part = block_ids[first : first + rows]
+            ids[: len(part)] = part
+            with self._lock:
+                target = self._free[rows].pop() if self._free[rows] else None
+            if target is None:
+                target = jax.device_put(jnp.zeros((rows, *self._block_shape), self._dtype), sharding)
+            arrays.append(_gather(target, cache, ids))
+            first += len(part)
+        return arrays
+
+    def release(self, arrays: Sequence[jax.Array]) -> None:
+        """Takes arrays back whose copies are done. No view of their memory may be alive."""
+        with self._lock:
+            for array in arrays:
+                self._free[array.shape[0]].append(array)
+
+    def warm_up(self, cache: kv_cache.KVCache) -> None:
+        """Compiles the gathers."""
+        for rows in (SMALL, LARGE):
+            self.release(self.gather(cache, np.full((rows,), cache.layout.num_blocks, np.int32)))
+
+
+def rows_of(array: jax.Array) -> NDArray[np.uint8]:
+    """Waits for a staging array and returns its bytes on the host, u8[R, P]; on CPU a view of its memory."""
+    host = np.asarray(array)
+    return host.reshape(host.shape[0], -1).view(np.uint8)
+
+
+def onboard(
+    cache: kv_cache.KVCache, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
+) -> tuple[kv_cache.KVCache, None]:
+    """Scatters rows u8[n, P] into blocks i32[n] of the cache, which it takes donated.
+
+    The device may read `rows` until the result is computed: they must not be written any more.
+    """
+    sharding = cache.arrays[0].sharding
+    # Put explicitly, and all before the first scatter: as numpy arguments of a program they take several times longer.
+    pieces = [(ids, jax.device_put(piece, sharding)) for ids, piece in _pieces(cache.layout, block_ids, rows)]
+    for ids, piece in pieces:
+        cache = _scatter(cache, ids, piece)
+    return cache, None
+
+
+def warm_up(cache: kv_cache.KVCache) -> tuple[kv_cache.KVCache, None]:
+    """Compiles what `onboard` runs, by scattering nothing; takes the cache donated."""
+    layout = cache.layout
+    for rows in (SMALL, LARGE):
+        nowhere = np.full((rows,), layout.num_blocks, np.int32)
+        cache, _ = onboard(cache, nowhere, np.zeros((rows, layout.block_bytes), np.uint8))
+    return cache, None
+
+
+def _pieces(
+    layout: KVLayout, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
+) -> Iterator[tuple[NDArray[np.int32], NDArray[np.generic]]]:
+    """Cuts blocks into pieces of the sizes of staging arrays, the last one padded."""
+    first = 0
+    for size in _sizes(len(block_ids)):
+        ids = np.full((size,), layout.num_blocks, np.int32)
+        part = block_ids[first : first + size]
+        ids[: len(part)] = part
+        piece = rows[first : first + size]
+        if len(piece) < size:
+            piece = np.concatenate([piece, np.zeros((size - len(piece), rows.shape[1]), np.uint8)])
+        yield ids, piece.view(jnp.dtype(layout.dtype)).reshape(size, *_block_shape(layout))
+        first += size
+
+
+def _sizes(count: int) -> list[int]:
+    """The staging arrays for `count` blocks: large ones, then small ones unless those would be as large."""
+    large, rest = divmod(count, LARGE)
+    small = -(-rest // SMALL)
+    return [LARGE] * large + ([SMALL] * small if small <= 2 else [LARGE])
+
+
+def _block_shape(layout: KVLayout) -> tuple[int, ...]:
+    """[L, C, T, H, D]."""
+    return (layout.num_layers, layout.components, layout.block_size, layout.num_kv_heads, layout.head_dim)
+
+
+@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+def _gather(target: jax.Array, cache: kv_cache.KVCache, block_ids: jax.Array) -> jax.Array:
+    """Gathers blocks i32[R] into the memory of a donated staging array [R, L, C, T, H, D]."""
+    del target  # its memory is what the result is written to
+    return kv_cache.gather_blocks(cache, block_ids)
+
+
+_scatter = jax.jit(kv_cache.scatter_blocks, donate_argnums=0)

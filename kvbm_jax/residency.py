@@ -1,0 +1,113 @@
+"""What the device holds: told to the world, and handed to the tiers below when it goes.
+
+The bookkeeper knows block ids and hashes, the manager knows tokens. Here both come together as one record for each
+registered block, kept while the device holds it, so that an evicted block can be offered below and a flush knows what
+there is. Without tiers below nothing is kept, and evictions are events only.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax.bookkeeper import EvictedBlocks
+from kvbm_jax.cache import KVCache
+from kvbm_jax.events import EventPublisher
+from kvbm_jax.hashing import hash_bytes
+from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident
+from kvbm_jax.protocols import BlockKey, BlockRecord, MetricsSink, StoreStats, Tier
+
+__all__ = ["Residency"]
+
+
+class Residency:
+    """Keeps the registered blocks of the device in step with events and tiers.
+
+    Args:
+      publisher: tells events.
+      metrics: counts evictions.
+      engine: the tiers below; None for none.
+    """
+
+    def __init__(self, publisher: EventPublisher, metrics: MetricsSink, engine: OffloadEngine | None) -> None:
+        self._publisher = publisher
+        self._metrics = metrics
+        self._engine = engine
+        self._residents: OrderedDict[BlockKey, Resident] = OrderedDict()  # the least recently released first
+
+    @property
+    def has_tiers(self) -> bool:
+        """Whether there is any tier below."""
+        return self._engine is not None
+
+    def registered(self, block_ids: Sequence[int] | NDArray[np.int32], records: Sequence[BlockRecord]) -> None:
+        """Blocks have become findable on the device."""
+        if self._engine is None:
+            self._publisher.created(Tier.G1, block_ids, records)
+            return
+        blocks = [Resident(int(block), record) for block, record in zip(block_ids, records, strict=True)]
+        self._residents.update((block.record.key, block) for block in blocks)
+        self._engine.registered(blocks)
+
+    def released(self, hashes: NDArray[np.uint32]) -> None:
+        """A sequence has let go of registered blocks u32[M, 4]; its last block is the first to go."""
+        if self._engine is not None:
+            for words in hashes[::-1]:
+                key = BlockKey(hash_bytes(words))
+                if key in self._residents:
+                    self._residents.move_to_end(key)
+
+    def evicted(self, cache: KVCache, evicted: EvictedBlocks) -> None:
+        """The device has given up blocks; their contents are still in `cache`, and are offered below."""
+        keys = self._count_evicted(evicted)
+        if self._engine is None:
+            self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
+        elif keys:
+            self._engine.offload(cache, [self._residents.pop(key) for key in keys])
+
+    def cleared(self, evicted: EvictedBlocks) -> None:
+        """The device has been told to forget blocks; the tiers below forget all of theirs."""
+        keys = self._count_evicted(evicted)
+        self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
+        for key in keys:
+            self._residents.pop(key, None)
+        if self._engine is not None:
+            self._engine.clear()
+
+    def lost(self) -> None:
+        """The device holds nothing any more."""
+        self._residents.clear()
+        self._publisher.cleared(Tier.G1)
+
+    def load(self, hashes: NDArray[np.uint32]) -> Loaded | None:
+        """Reads the longest prefix of u32[M, 4] that the tiers below hold; None where there is nothing."""
+        if self._engine is None or not len(hashes):
+            return None
+        loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
+        return loaded if loaded.tiers else None
+
+    def flush(self, cache: KVCache, seconds: float | None) -> FlushReport:
+        """Copies what is registered to the disk tier; see `OffloadEngine.flush`."""
+        if self._engine is None:
+            return FlushReport(0, 0, 0)
+        return self._engine.flush(cache, list(self._residents.values()), seconds)
+
+    def stats(self) -> dict[Tier, StoreStats]:
+        """Returns sizes and counters of the tiers below."""
+        return {} if self._engine is None else self._engine.stats()
+
+    def warm_up(self, cache: KVCache) -> None:
+        """Compiles the programs of offloading."""
+        if self._engine is not None:
+            self._engine.warm_up(cache)
+
+    def close(self, seconds: float | None) -> None:
+        """Ends the tiers below; moves under way have `seconds`."""
+        if self._engine is not None:
+            self._engine.close(seconds)
+
+    def _count_evicted(self, evicted: EvictedBlocks) -> list[BlockKey]:
+        if len(evicted.block_ids):
+            self._metrics.count("kvbm_eviction_count_total", len(evicted.block_ids))
+        return [BlockKey(hash_bytes(words)) for words in evicted.hashes]

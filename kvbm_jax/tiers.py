@@ -1,0 +1,49 @@
+"""From a configuration to the stores of the tiers below the device."""
+
+from collections.abc import Sequence
+
+from kvbm_jax.config import KvBlockManagerConfig
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.identity import CacheIdentity
+from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload.host import HostBlockStore
+from kvbm_jax.protocols import BlockStore, Clock
+
+__all__ = ["open_stores"]
+
+
+def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) -> Sequence[BlockStore]:
+    """Opens the stores that a configuration asks for, from the fastest down; none without `enable_offload`.
+
+    Raises:
+      ConfigError: if the disk tier has no `model_id`, its folder cannot be used, or memory cannot be had.
+      MissingDependencyError: if the disk tier's package is absent.
+    """
+    if not config.enable_offload:
+        return []
+    if config.disk_bytes and config.model_id is None:
+        raise ConfigError(
+            "model_id is unset; the disk tier outlives this process, and must know whose keys and values it holds: "
+            "name the model and its weights, for example by name and revision"
+        )
+    # A host tier alone is read by this process only.
+    identity = CacheIdentity.of(layout, model_id=config.model_id or "", hash_algorithm=config.hash_algorithm)
+    stores: list[BlockStore] = []
+    try:
+        if config.host_blocks:
+            stores.append(HostBlockStore(layout.block_bytes, config.host_blocks, identity=identity))
+        if config.disk_bytes:
+            stores.append(_open_disk(config, layout, identity, clock))
+    except BaseException:
+        for store in stores:
+            store.close()
+        raise
+    return stores
+
+
+def _open_disk(config: KvBlockManagerConfig, layout: KVLayout, identity: CacheIdentity, clock: Clock) -> BlockStore:
+    from kvbm_jax.offload.segments import SegmentBlockStore  # noqa: PLC0415 (Orbax takes seconds to import)
+
+    return SegmentBlockStore(
+        config.offload_path, layout.block_bytes, identity=identity, capacity_bytes=config.disk_bytes, clock=clock
+    )

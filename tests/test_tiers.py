@@ -1,0 +1,483 @@
+"""The tiers below the device: hits by tier as the rule says, contents right, events that a subscriber can believe."""
+
+import threading
+import time
+from concurrent.futures import Future
+
+import pytest
+import synthetic
+from tiered import BLOCK_BYTES, SIZE, TierModel, View, check, make, prefill, serve, settle
+
+from kvbm_jax import invariants
+from kvbm_jax.errors import CacheLostError, ConfigError
+from kvbm_jax.hashing import hash_bytes, hash_sequence
+from kvbm_jax.identity import CacheIdentity
+from kvbm_jax.metrics import InMemoryMetrics
+from kvbm_jax.offload import MemoryBlockStore
+from kvbm_jax.offload.segments import SegmentBlockStore
+from kvbm_jax.protocols import BlockKey, Outcome, StoreRow, Tier
+
+HOST = {"enable_offload": True, "disk_budget": 0}
+
+
+def disk(path, **changes):
+    return {"enable_offload": True, "disk_budget": 64 << 20, "offload_path": path, "model_id": "tiny"} | changes
+
+
+def prompt(first, blocks, tail=1):
+    return list(range(first, first + blocks * SIZE + tail))
+
+
+def tokens_of(ids):
+    """Tokens of a request whose blocks are those of prefix-chained ids, and one token more."""
+    return [token for number in ids for token in range(number * SIZE, (number + 1) * SIZE)] + [0]
+
+
+def requests(seed, count):
+    return [
+        ids for ids in synthetic.conversations(seed, requests=count, longest=20, users=6, id_bits=32) if len(ids) < 30
+    ]
+
+
+def keys_of(ids):
+    return {hash_bytes(words) for words in hash_sequence(tokens_of(ids), SIZE)}
+
+
+@pytest.mark.parametrize(
+    ("capacities", "seed"),
+    [
+        ({Tier.G2: 40}, 0),
+        ({Tier.G2: 7, Tier.G3: 60}, 1),
+        ({Tier.G2: 60, Tier.G3: 7}, 2),
+        ({Tier.G2: 1, Tier.G3: 30}, 3),
+        ({Tier.G2: 0, Tier.G3: 30}, 4),
+        ({Tier.G2: 30, Tier.G3: 0}, 5),
+        ({Tier.G3: 50}, 6),
+    ],
+)
+def test_hits_are_those_of_the_rule_and_contents_are_right(capacities, seed):
+    stores = [MemoryBlockStore(BLOCK_BYTES, capacity=blocks, tier=tier) for tier, blocks in capacities.items()]
+    metrics, view = InMemoryMetrics(), View()
+    model = TierModel(32, capacities)
+    known = {}
+    with make(32, stores=stores, metrics=metrics) as manager:
+        events = manager.subscribe_events()
+        for ids in requests(seed, 150):
+            known |= dict(zip(ids, (hash_bytes(words) for words in hash_sequence(tokens_of(ids), SIZE)), strict=True))
+            expected = {tier: count * SIZE for tier, count in model.serve(ids).items() if count}
+            assert serve(manager, tokens_of(ids)) == expected
+        settle(manager)
+        invariants.assert_holds(manager._book._pool)
+        for batch in events.drain():
+            for event in batch:
+                view.apply(event)
+        for tier, held in model.held.items():
+            assert view.held[tier] == {known[number] for number in held}
+        for store in stores:
+            assert {record.key.sequence_hash for _, record in store.records()} == view.held[store.tier]
+        assert metrics.snapshot()["kvbm_eviction_count_total"] == model.evictions > 100
+        assert metrics.snapshot()["kvbm_transfer_in_flight_bytes"] == 0
+        assert not [name for name in metrics.snapshot() if "failures" in name or "dropped" in name]
+
+
+def test_real_stores_follow_the_rule_too(tmp_path):
+    model = TierModel(32, {Tier.G2: 12, Tier.G3: 10_000})
+    with make(32, **disk(tmp_path, host_blocks=12)) as manager:
+        for ids in requests(7, 120):
+            expected = {tier: count * SIZE for tier, count in model.serve(ids).items() if count}
+            assert serve(manager, tokens_of(ids)) == expected
+        assert manager.tier_stats()[Tier.G3].hits > 50
+
+
+def test_an_evicted_prefix_comes_back_from_host_memory_and_is_on_the_device_again():
+    metrics = InMemoryMetrics()
+    with make(7, metrics=metrics, host_blocks=20, **HOST) as manager:
+        assert serve(manager, prompt(0, 6)) == {}
+        assert serve(manager, prompt(1000, 6)) == {}
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
+        assert serve(manager, prompt(0, 6)) == {Tier.G1: 24}
+    found = metrics.snapshot()
+    assert found['kvbm_transfer_blocks_total{source="g2",target="g1"}'] == 6
+    assert found['kvbm_transfer_bytes_total{source="g2",target="g1"}'] == 6 * BLOCK_BYTES
+    assert found['kvbm_transfer_blocks_total{source="g1",target="g2"}'] == 12
+    assert found['kvbm_transfer_seconds{source="g1",target="g2"}'].count >= 2
+    assert found['kvbm_prefix_hit_tokens_total{tier="g2"}'] == 24
+    assert found['kvbm_blocks_allocated{tier="g2"}'] == 12
+    assert found['kvbm_blocks_free{tier="g2"}'] == 8
+
+
+def test_every_way_to_allocate_offloads_what_it_evicts():
+    with make(8, max_sequences=2, host_blocks=40, **HOST) as manager:
+        serve(manager, prompt(0, 7))
+        blocks = manager.allocate_blocks(5)
+        manager.free_blocks(blocks)
+        serve(manager, prompt(100, 7))
+        with manager.start(prompt(200, 0)) as seq:
+            manager.extend({seq: prompt(201, 6)})
+            grant = manager.reserve({seq: 1})
+            manager.give_back(grant)
+        settle(manager)
+        for first in (0, 100):
+            assert serve(manager, prompt(first, 7)) == {Tier.G2: 28}
+
+
+def test_events_tell_every_move(tmp_path):
+    with make(4, host_blocks=3, **disk(tmp_path)) as manager:
+        events = manager.subscribe_events()
+        serve(manager, prompt(0, 3))
+        serve(manager, prompt(1000, 3))  # 3 blocks to G2
+        serve(manager, prompt(2000, 3))  # 3 blocks to G2, 3 to G3
+        settle(manager)
+        told = [
+            (event.event_type.value, event.from_tier, event.tier, event.token_ids[:1] or None)
+            for batch in events.drain()
+            for event in batch
+        ]
+    moves = [entry for entry in told if entry[0] == "migrated"]
+    assert sorted(moves) == sorted(
+        [("migrated", Tier.G1, Tier.G2, (token,)) for first in (0, 1000) for token in range(first, first + 12, 4)]
+        + [("migrated", Tier.G2, Tier.G3, (token,)) for token in range(0, 12, 4)]
+    )
+    assert not [entry for entry in told if entry[0] == "deleted"]
+
+
+def test_a_sequence_without_reuse_finds_and_leaves_nothing():
+    with make(16, host_blocks=20, **HOST) as manager:
+        serve(manager, prompt(0, 6))
+        assert serve(manager, prompt(0, 6), reuse=False) == {}
+        assert serve(manager, prompt(500, 6), reuse=False) == {}
+        assert serve(manager, prompt(500, 6)) == {}
+        assert serve(manager, prompt(0, 6)) == {Tier.G1: 24}
+
+
+def test_salts_keep_prefixes_apart_in_every_tier():
+    with make(7, host_blocks=20, **HOST) as manager:
+        serve(manager, prompt(0, 6), salt="a")
+        serve(manager, prompt(1000, 6))
+        assert serve(manager, prompt(0, 6), salt="b") == {}
+        serve(manager, prompt(2000, 6))
+        assert serve(manager, prompt(0, 6), salt="a") == {Tier.G2: 24}
+
+
+def test_clear_forgets_all_tiers(tmp_path):
+    with make(7, host_blocks=6, **disk(tmp_path)) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000, 2000, 3000):
+            serve(manager, prompt(first, 6))
+        assert manager.clear() == 6
+        settle(manager)
+        for batch in events.drain():
+            for event in batch:
+                view.apply(event)
+        assert not any(view.held.values())
+        assert {tier: stats.blocks for tier, stats in manager.tier_stats().items()} == {Tier.G2: 0, Tier.G3: 0}
+        for first in (0, 1000, 2000, 3000):
+            assert serve(manager, prompt(first, 6)) == {}
+
+
+# Restarts.
+
+
+def test_a_restart_is_warm(tmp_path):
+    with make(16, host_blocks=6, **disk(tmp_path)) as manager:
+        for first in (0, 1000, 2000):
+            serve(manager, prompt(first, 6))
+    with make(16, host_blocks=6, **disk(tmp_path)) as manager:
+        assert manager.match(prompt(0, 6)) == 0
+        for first in (0, 1000, 2000):
+            assert serve(manager, prompt(first, 6)) == {Tier.G3: 24}
+
+
+def test_a_flush_copies_down_and_evicts_nothing(tmp_path):
+    metrics = InMemoryMetrics()
+    with make(7, metrics=metrics, host_blocks=6, **disk(tmp_path)) as manager:
+        events, view = manager.subscribe_events(), View()
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+        assert manager.flush() == (12, 0, 0)
+        assert manager.flush() == (0, 0, 0)
+        for batch in events.drain():
+            for event in batch:
+                view.apply(event)
+        assert {tier: len(held) for tier, held in view.held.items()} == {
+            Tier.G1: 6,
+            Tier.G2: 6,
+            Tier.G3: 12,
+            Tier.G4: 0,
+        }
+        assert serve(manager, prompt(1000, 6)) == {Tier.G1: 24}
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
+    found = metrics.snapshot()
+    assert found['kvbm_transfer_blocks_total{source="g1",target="g3"}'] == 6
+    assert found['kvbm_transfer_blocks_total{source="g2",target="g3"}'] == 6
+
+
+def test_a_flush_keeps_the_newest_where_the_disk_is_too_small(tmp_path):
+    stores = [MemoryBlockStore(BLOCK_BYTES, capacity=9, tier=Tier.G3)]
+    with make(32, stores=stores) as manager:
+        for first in (0, 1000, 2000, 3000):
+            serve(manager, prompt(first, 4))
+        assert manager.flush() == (9, 0, 0)
+        kept = {record.key for _, record in stores[0].records()}
+        # The last two whole, and of the one before its first block: last blocks go first.
+        wanted = [*hash_sequence(prompt(3000, 4), SIZE), *hash_sequence(prompt(2000, 4), SIZE)]
+        wanted += list(hash_sequence(prompt(1000, 4), SIZE)[:1])
+        assert kept == {BlockKey(hash_bytes(words)) for words in wanted}
+
+
+def test_closing_without_a_flush_and_after_an_error_leaves_the_disk_alone(tmp_path):
+    def fails():
+        with make(7, **disk(tmp_path)) as manager:
+            serve(manager, prompt(0, 6))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        fails()
+    manager = make(7, **disk(tmp_path))
+    serve(manager, prompt(1000, 6))
+    manager.close(flush=False)
+    manager.close()
+    with make(7, **disk(tmp_path)) as manager:
+        assert serve(manager, prompt(0, 6)) == {}
+
+
+def test_another_model_layout_or_dtype_finds_nothing(tmp_path):
+    with make(7, **disk(tmp_path)) as manager:
+        serve(manager, prompt(0, 6))
+    for changes in ({"model_id": "other"}, {"dtype": "float16"}, {"block_size": 8}, {"num_layers": 3}):
+        with make(7, **(disk(tmp_path) | changes)) as manager:
+            assert manager.tier_stats()[Tier.G3].foreign > 0
+            with manager.start(prompt(0, 6)) as seq:
+                assert seq.num_cached == 0
+    with make(7, **disk(tmp_path)) as manager:
+        assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
+
+
+def test_what_the_budget_has_no_room_for_any_more_is_trimmed(tmp_path):
+    def store(blocks):
+        identity = CacheIdentity.of(make(1).layout, model_id="tiny", hash_algorithm="blake3")
+        return SegmentBlockStore(
+            tmp_path, BLOCK_BYTES, identity=identity, capacity_bytes=64 << 20, capacity_blocks=blocks, clock=time
+        )
+
+    with make(32, stores=[store(20)]) as manager:
+        for first in (0, 1000, 2000):
+            serve(manager, prompt(first, 6))
+    with make(32, stores=[store(7)]) as manager:
+        settle(manager)
+        assert manager.tier_stats()[Tier.G3].blocks == 7
+        assert serve(manager, prompt(2000, 6)) == {Tier.G3: 24}
+        assert serve(manager, prompt(0, 6)) == {}
+
+
+# Faults.
+
+
+class Faulty:
+    """A store that fails on request."""
+
+    def __init__(self, store):
+        self._store = store
+        self.fail_puts = self.fail_gets = False
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, records, blocks):
+        if self.fail_puts:
+            return self._failed(len(records))
+        future = self._store.put(records, blocks)
+        if self.gate.is_set():
+            return future
+        late = Future()
+
+        def wait():
+            self.gate.wait(60)
+            late.set_result(future.result())
+
+        threading.Thread(target=wait, daemon=True).start()
+        return late
+
+    def get(self, keys, out):
+        return self._failed(len(keys)) if self.fail_gets else self._store.get(keys, out)
+
+    def _failed(self, count):
+        future = Future()
+        future.set_result((StoreRow(Outcome.FAILED, reason="no"),) * count)
+        return future
+
+
+@pytest.fixture
+def faulty():
+    return {
+        tier: Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=blocks, tier=tier))
+        for tier, blocks in ((Tier.G2, 8), (Tier.G3, 40))
+    }
+
+
+def believed(events, view):
+    for batch in events.drain():
+        for event in batch:
+            view.apply(event)
+    return {tier: held for tier, held in view.held.items() if held}
+
+
+@pytest.mark.parametrize("tier", [Tier.G2, Tier.G3])
+def test_a_failed_put_is_a_miss_later_and_counted(faulty, tier):
+    metrics = InMemoryMetrics()
+    with make(7, stores=list(faulty.values()), metrics=metrics) as manager:
+        events, view = manager.subscribe_events(), View()
+        faulty[tier].fail_puts = True
+        for first in (0, 1000, 2000, 3000):
+            serve(manager, prompt(first, 6))
+        settle(manager)
+        faulty[tier].fail_puts = False
+        for first in (4000, 5000, 6000, 0, 7000, 4000, 5000, 6000):
+            serve(manager, prompt(first, 6))
+            settle(manager)
+        held = believed(events, view)
+        for store in faulty.values():
+            assert {record.key.sequence_hash for _, record in store.records()} == held[store.tier]
+            assert manager._residency._engine._tiers.count(store.tier) == len(held[store.tier])
+        assert sum(serve(manager, prompt(4000, 6)).values()) == 24
+    failures = [value for name, value in metrics.snapshot().items() if "failures" in name]
+    assert sum(failures) >= 8
+
+
+def test_a_failed_read_is_a_miss_and_forgotten(faulty):
+    metrics = InMemoryMetrics()
+    with make(7, stores=[faulty[Tier.G2]], metrics=metrics) as manager:
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+        settle(manager)
+        faulty[Tier.G2].fail_gets = True
+        assert serve(manager, prompt(0, 6)) == {}
+        faulty[Tier.G2].fail_gets = False
+        settle(manager)
+        invariants.assert_holds(manager._book._pool)
+        assert manager.stats().held == 0
+    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="failed"}'] == 6
+
+
+def test_a_block_that_fails_in_one_tier_is_read_from_the_next():
+    stores = [MemoryBlockStore(BLOCK_BYTES, capacity=20, tier=tier) for tier in (Tier.G2, Tier.G3)]
+    with make(7, stores=stores) as manager:
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+        manager.flush()
+        gone = BlockKey(hash_bytes(hash_sequence(prompt(0, 6), SIZE)[2]))
+        stores[0].delete([gone])
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 20, Tier.G3: 4}
+
+
+def test_corrupt_host_memory_never_reaches_the_device():
+    metrics = InMemoryMetrics()
+    with make(7, metrics=metrics, host_blocks=20, **HOST) as manager:
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+        settle(manager)
+        store = manager._residency._engine._stores[Tier.G2]
+        numbers = {record.key.sequence_hash: block_id for block_id, record in store.records()}
+        third = numbers[hash_bytes(hash_sequence(prompt(0, 6), SIZE)[3])]
+        store.slots[third, 5] ^= 1
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 12}
+        serve(manager, prompt(1000, 6))
+        settle(manager)
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
+    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="corrupt"}'] == 1
+
+
+def test_blocks_on_their_way_to_a_slow_disk_are_served_from_memory(faulty):
+    with make(7, stores=[faulty[Tier.G3]]) as manager:
+        events, view = manager.subscribe_events(), View()
+        faulty[Tier.G3].gate.clear()
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))  # 0 is on its way, and stays there
+        assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
+        assert len(believed(events, view)[Tier.G1]) == 12  # 1000's claim stands until it is down
+        faulty[Tier.G3].gate.set()
+        settle(manager)
+        held = believed(events, view)
+        assert (len(held[Tier.G1]), len(held[Tier.G3])) == (6, 12)
+
+
+def test_too_much_in_flight_drops_offloads_and_counts_them(faulty):
+    metrics = InMemoryMetrics()
+    with make(7, stores=[faulty[Tier.G3]], metrics=metrics) as manager:
+        events, view = manager.subscribe_events(), View()
+        manager._residency._engine._max_bytes = 40 * BLOCK_BYTES
+        faulty[Tier.G3].gate.clear()
+        for first in range(0, 10_000, 1000):
+            serve(manager, prompt(first, 6))
+        assert metrics.snapshot()["kvbm_offload_dropped_blocks_total"] >= 30
+        assert 0 < metrics.snapshot()["kvbm_transfer_in_flight_bytes"] <= 80 * BLOCK_BYTES
+        faulty[Tier.G3].gate.set()
+        settle(manager)
+        held = believed(events, view)
+        assert held[Tier.G3] == {record.key.sequence_hash for _, record in faulty[Tier.G3].records()}
+        assert len(held[Tier.G1]) == 6
+        assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
+
+
+def test_a_flush_ends_at_its_deadline(faulty):
+    manager = make(16, stores=[faulty[Tier.G3]])
+    faulty[Tier.G3].gate.clear()
+    serve(manager, prompt(0, 6))
+    assert manager.flush(0.05) == (0, 0, 6)
+    faulty[Tier.G3].gate.set()
+    settle(manager)
+    assert manager.flush() == (0, 0, 0)
+    manager.close()
+    manager.close()
+
+
+def test_a_lost_cache_leaves_the_tiers_below(faulty):
+    with make(7, stores=[faulty[Tier.G2]]) as manager:
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+
+        def destroy(cache):
+            for array in cache.arrays:
+                array.delete()
+            raise RuntimeError("out of memory")
+
+        with pytest.raises(CacheLostError):
+            manager.run(destroy)
+        assert serve(manager, prompt(1000, 6)) == {}
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
+
+
+def test_staging_arrays_are_used_again():
+    with make(40, host_blocks=200, **HOST) as manager:
+        for first in range(0, 40_000, 1000):
+            serve(manager, prompt(first, 36))
+            settle(manager)
+        free = manager._residency._engine._ring._free
+        assert {rows: len(arrays) for rows, arrays in free.items()} == {4: 1, 32: 1}
+
+
+def test_a_disk_tier_needs_a_name_and_a_usable_folder(tmp_path):
+    with pytest.raises(ConfigError, match="model_id is unset"):
+        make(**(disk(tmp_path) | {"model_id": None}))
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="file"):
+        make(host_blocks=3, **disk(tmp_path / "file"))
+    with make(**disk(tmp_path / "folder")), pytest.raises(ConfigError, match="in use"):
+        make(**disk(tmp_path / "folder"))
+
+
+def test_sequences_that_compute_the_same_blocks_leave_them_once():
+    with make(64, max_sequences=2, host_blocks=30, **HOST) as manager:
+        with manager.start(prompt(0, 20)) as first, manager.start(prompt(0, 20)) as second:
+            for seq in (first, second):
+                prefill(manager, seq)
+            manager.register(first)
+            manager.register(second)
+            check(manager, first)
+            check(manager, second)
+        for number in range(1, 8):
+            serve(manager, prompt(1000 * number, 40))
+        serve(manager, prompt(0, 20))
+        assert manager.stats().held == 0

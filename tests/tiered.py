@@ -1,0 +1,162 @@
+"""A manager whose blocks have contents that can be told right from wrong, and a model of which tier holds what.
+
+The contents of a token's slot are a function of all tokens up to it: a block in the wrong place, or of another prefix,
+does not pass for the right one.
+"""
+
+import functools
+from collections import OrderedDict
+
+import jax
+import numpy as np
+import xxhash
+
+from kvbm_jax import BlockManager, KvBlockManagerConfig
+from kvbm_jax import cache as kv_cache
+from kvbm_jax.protocols import Tier
+
+SIZE = 4
+LAYERS = 2
+WIDTH = 256  # tokens of the longest prompt
+BLOCK_BYTES = LAYERS * 2 * SIZE * 1 * 2 * 4
+
+
+def make(num_blocks=8, max_sequences=1, metrics=None, stores=None, **config):
+    values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
+    return BlockManager(
+        KvBlockManagerConfig(**(values | {"dtype": "float32"} | config)),
+        max_sequences=max_sequences,
+        max_sequence_tokens=WIDTH,
+        metrics=metrics,
+        stores=stores,
+    )
+
+
+def contents(tokens):
+    """What the slots of tokens hold, f32[S, LAYERS, 4]: keys, then values."""
+    state, rows = xxhash.xxh64(), []
+    for token in tokens:
+        state.update(int(token).to_bytes(8, "little"))
+        rows.append([state.intdigest() % 2**20 + number for number in range(LAYERS * 4)])
+    return np.array(rows, np.float32).reshape(-1, LAYERS, 4)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _store(cache, data, slots):
+    for layer in range(LAYERS):
+        keys, values = data[:, None, layer, :2], data[:, None, layer, 2:]
+        cache = kv_cache.store_kv(cache, layer, keys, values, slots)
+    return cache, None
+
+
+def slots_of(manager, seq):
+    count = len(seq.tokens)
+    table = np.asarray(manager.sequences.block_tables)[0, seq.row]
+    positions = np.arange(count)
+    return table[positions // SIZE] * SIZE + positions % SIZE
+
+
+def prefill(manager, seq):
+    """Writes what was not found."""
+    data = np.zeros((WIDTH, LAYERS, 4), np.float32)
+    slots = np.full((WIDTH,), manager.layout.num_slots, np.int32)
+    new = slice(seq.num_cached, len(seq.tokens))
+    data[new], slots[new] = contents(seq.tokens)[new], slots_of(manager, seq)[new]
+    manager.run(_store, data, slots)
+
+
+def check(manager, seq):
+    """Compares the slots of a sequence with what they should hold."""
+    slots = slots_of(manager, seq)
+    array = np.stack([np.asarray(a) for a in manager.cache.arrays], 1)  # [N, L, C, T, H, D]
+    found = array[slots // SIZE, :, :, slots % SIZE].reshape(len(slots), LAYERS, 4)
+    np.testing.assert_array_equal(found, contents(seq.tokens))
+
+
+def serve(manager, tokens, **options):
+    """One request from start to release; returns its hits by tier, in tokens."""
+    with manager.start(tokens, **options) as seq:
+        prefill(manager, seq)
+        check(manager, seq)
+        manager.register(seq)
+        assert sum(seq.hits.values()) == seq.num_cached
+        return {tier: count for tier, count in seq.hits.items() if count}
+
+
+def settle(manager, seconds=60):
+    """Waits for the moves under way."""
+    mover = manager._residency._engine._mover
+    mover.settle()
+    assert mover.wait_idle(seconds)
+    mover.settle()
+
+
+class TierModel:
+    """Which tier holds what after sequential requests of whole blocks and one token more; the rule in plain Python."""
+
+    def __init__(self, num_blocks, capacities):
+        self.num_blocks = num_blocks
+        self.capacities = capacities  # by tier, the fastest first
+        self.held = {tier: OrderedDict() for tier in (Tier.G1, *capacities)}
+        self.evictions = 0
+
+    def serve(self, ids):
+        """Returns the hits by tier, in blocks."""
+        device = self.held[Tier.G1]
+        hits = dict.fromkeys(self.held, 0)
+        resident = 0
+        while resident < len(ids) and ids[resident] in device:
+            resident += 1
+        hits[Tier.G1] = resident
+        for key in ids[resident:]:
+            tier = next((tier for tier in self.capacities if key in self.held[tier]), None)
+            if tier is None:
+                break
+            self.held[tier].move_to_end(key)
+            hits[tier] += 1
+        held = set(ids[:resident])
+        needed = len(ids) + 1 - resident
+        assert needed + resident <= self.num_blocks
+        while self.num_blocks - len(device) < needed:
+            victim = next(key for key in device if key not in held)
+            del device[victim]
+            self.evictions += 1
+            self._offer(victim, list(self.capacities))
+        device.update(dict.fromkeys(ids))
+        for key in reversed(ids):
+            device.move_to_end(key)
+        return hits
+
+    def _offer(self, key, tiers):
+        if not tiers:
+            return
+        tier, *below = tiers
+        if self.capacities[tier] == 0:
+            self._offer(key, below)
+            return
+        shelf = self.held[tier]
+        present = key in shelf
+        shelf[key] = None
+        shelf.move_to_end(key)
+        if not present and len(shelf) > self.capacities[tier]:
+            self._offer(shelf.popitem(last=False)[0], below)
+
+
+class View:
+    """What a subscriber believes, from events alone."""
+
+    def __init__(self):
+        self.held = {tier: set() for tier in Tier}
+
+    def apply(self, event):
+        key = event.sequence_hash
+        kind = event.event_type.value
+        if kind == "cleared":
+            for tier in Tier if event.tier is None else [event.tier]:
+                self.held[tier].clear()
+        elif kind == "deleted":
+            self.held[event.tier].discard(key)
+        else:
+            self.held[event.tier].add(key)
+            if kind == "migrated":
+                self.held[event.from_tier].discard(key)
