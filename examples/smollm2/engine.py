@@ -9,8 +9,9 @@ Axes: `S` denotes the tokens of a prefill chunk, `B` the rows of the sequence ba
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from flax import nnx
 import kvbm_jax
 from kvbm_jax import BlockManager, KvBlockManagerConfig, KVCache, SequenceBatch, Status, grants
 from kvbm_jax.errors import CacheLostError, ConfigError, SequenceTooLongError
+from kvbm_jax.protocols import Tier
 from smollm2.model import Llama
 from smollm2.sampling import Sampler
 
@@ -34,10 +36,15 @@ class Completion:
 
     prompt: list[int]
     max_tokens: int
-    num_cached: int = 0  # prompt tokens found in the cache
+    hits: dict[Tier, int] = field(default_factory=dict)  # prompt tokens found cached, by tier
     tokens: list[int] = field(default_factory=list)  # the end-of-sequence token included, if the model gave it
     ttft_seconds: float = 0.0  # from the tokens of the prompt to the first token of the answer
     decode_seconds: float = 0.0  # for all tokens after the first
+
+    @property
+    def num_cached(self) -> int:
+        """Prompt tokens found cached."""
+        return sum(self.hits.values())
 
     @property
     def num_prefilled(self) -> int:
@@ -61,6 +68,7 @@ class Engine:
       dtype: of the cache.
       sampler: how the next token is chosen.
       chunks: sizes in tokens that prefill is cut into, rising; one program is compiled for each.
+      tiers: keys of `KvBlockManagerConfig` for the tiers below the device.
 
     Raises:
       ConfigError: if a size is out of range.
@@ -76,6 +84,7 @@ class Engine:
         dtype: str = "float32",
         sampler: Sampler | None = None,
         chunks: Sequence[int] = (16, 32, 48, 64, 128, 256, 512),
+        tiers: Mapping[str, Any] | None = None,
     ) -> None:
         self._sampler = Sampler() if sampler is None else sampler
         self._context = model.config.context_length
@@ -89,6 +98,7 @@ class Engine:
                 num_kv_heads=model.config.num_kv_heads,
                 head_dim=model.config.head_dim,
                 dtype=dtype,
+                **(tiers or {}),
             ),
             max_sequences=max_sequences,
             max_sequence_tokens=self._context,
@@ -102,9 +112,12 @@ class Engine:
         room = min(num_blocks * block_size, self._context)
         for size in chunks:
             if size + 2 <= room:
-                self.generate([[self._eos] * size], 2, salt=f"warm-up {size}", ignore_eos=True)
-        self.manager.clear()
+                self.generate([[self._eos] * size], 2, reuse=False, ignore_eos=True)
         self.compile_seconds = time.perf_counter() - begun
+
+    def close(self) -> None:
+        """Brings what is cached to the disk tier, if there is one, and ends the manager."""
+        self.manager.close()
 
     def generate(
         self,
@@ -112,11 +125,13 @@ class Engine:
         max_tokens: int,
         *,
         salt: str = "",
+        reuse: bool = True,
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> list[Completion]:
         """Answers prompts together, one row each; see `stream`."""
-        *_, completions = self.stream(prompts, max_tokens, salt=salt, seed=seed, ignore_eos=ignore_eos)
+        options = {"salt": salt, "reuse": reuse, "seed": seed, "ignore_eos": ignore_eos}
+        *_, completions = self.stream(prompts, max_tokens, **options)
         return completions
 
     def stream(
@@ -125,6 +140,7 @@ class Engine:
         max_tokens: int,
         *,
         salt: str = "",
+        reuse: bool = True,
         seed: int = 0,
         ignore_eos: bool = False,
     ) -> Iterator[list[Completion]]:
@@ -134,6 +150,7 @@ class Engine:
           prompts: token ids, up to B prompts.
           max_tokens: bound of each answer.
           salt: prefixes are shared within equal salts only.
+          reuse: False to compute everything, and to leave nothing in the cache.
           seed: of the sampler; equal seeds give equal answers.
           ignore_eos: go on after the end-of-sequence token, for exactly `max_tokens`.
 
@@ -155,7 +172,7 @@ class Engine:
         running: list[kvbm_jax.Sequence] = []
         try:
             for completion in completions:
-                running.append(self._begin(completion, salt, key))  # noqa: PERF401 (each one must be released)
+                running.append(self._begin(completion, salt, reuse, key))  # noqa: PERF401 (each one must be released)
             yield completions
             yield from self._decode_all(completions, running, key, ignore_eos)
         finally:
@@ -163,10 +180,10 @@ class Engine:
                 if not seq.released:
                     self.manager.release(seq)
 
-    def _begin(self, completion: Completion, salt: str, key: jax.Array) -> kvbm_jax.Sequence:
+    def _begin(self, completion: Completion, salt: str, reuse: bool, key: jax.Array) -> kvbm_jax.Sequence:
         """Starts a sequence, prefills what is not cached, and samples its first token."""
         begun = time.perf_counter()
-        seq = self.manager.start(completion.prompt, salt=salt)
+        seq = self.manager.start(completion.prompt, salt=salt, reuse=reuse)
         try:
             tables = self.manager.sequences
             first = seq.num_cached
@@ -183,7 +200,7 @@ class Engine:
                 first += count
             completion.tokens.append(int(token))
             completion.ttft_seconds = time.perf_counter() - begun
-            completion.num_cached = seq.num_cached
+            completion.hits = dict(seq.hits)
             self.manager.register(seq)
         except BaseException:
             if not seq.released:

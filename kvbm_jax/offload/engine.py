@@ -26,8 +26,9 @@ from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
+from kvbm_jax.offload.leases import BufferPool
 from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
-from kvbm_jax.offload.staging import StagingRing
+from kvbm_jax.offload.staging import StagingRing, rows_for
 from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
 from kvbm_jax.protocols import (
     BlockKey,
@@ -44,7 +45,6 @@ from kvbm_jax.protocols import (
 __all__ = ["FlushReport", "Loaded", "OffloadEngine", "Resident"]
 
 _LOG = logging.getLogger(__name__)
-_ALIGNMENT = 64  # bytes: what lies so is taken by JAX's CPU device without a copy
 _FLUSH_BLOCKS = 64
 _MAX_BYTES_IN_FLIGHT = 1 << 30
 
@@ -57,10 +57,10 @@ class Resident(NamedTuple):
 
 
 class Loaded(NamedTuple):
-    """Blocks brought up from the tiers, verified: rows u8[n, P], and where each was found."""
+    """Blocks brought up from the tiers, verified."""
 
-    rows: NDArray[np.uint8]
-    tiers: tuple[Tier, ...]
+    rows: NDArray[np.uint8]  # [M, P]: the first n, and room that pads them for `staging.onboard`
+    tiers: tuple[Tier, ...]  # [n]: where each was found
 
 
 class FlushReport(NamedTuple):
@@ -103,11 +103,13 @@ class OffloadEngine:
         self._metrics = metrics
         self._clock = clock
         self._ring = StagingRing(layout)
+        self._buffers = BufferPool()
         self._announcer = TierAnnouncer(publisher)
         self._mover = Mover(
             stores,
             block_bytes=layout.block_bytes,
             ring=self._ring,
+            buffers=self._buffers,
             announcer=self._announcer,
             metrics=metrics,
             clock=clock,
@@ -156,11 +158,11 @@ class OffloadEngine:
             tiers.append(tier)
         for key, tier in zip(keys, tiers, strict=False):
             self._tiers.touch(key, tier)
-        rows = _aligned_rows(len(tiers), self._block_bytes)
+        rows = self._buffers.lend(rows_for(len(tiers)), self._block_bytes)
         if tiers:
             self._mover.settle()
         found = self._read(list(keys[: len(tiers)]), tiers, rows)
-        return Loaded(rows[: len(found)], tuple(found))
+        return Loaded(rows, tuple(found))
 
     def flush(self, cache: KVCache, residents: Sequence[Resident], seconds: float | None) -> FlushReport:
         """Copies what the device and the tiers hold to the disk, without taking it from where it is.
@@ -273,7 +275,11 @@ class OffloadEngine:
         return job
 
     def _read(self, keys: Sequence[BlockKey], tiers: Sequence[Tier], rows: NDArray[np.uint8]) -> list[Tier]:
-        """Reads blocks into rows u8[n, P]; returns where each was found, up to the first that could not be had."""
+        """Reads n blocks into the first rows of u8[M, P].
+
+        Returns:
+          Where each was found, up to the first that could not be had.
+        """
         begun = self._clock.monotonic_ns()
         found: dict[int, Tier] = {}
         runs: list[tuple[Tier, list[int]]] = []
@@ -350,10 +356,3 @@ def _capacity(store: BlockStore) -> int:
     """Blocks that a store may hold."""
     capacity = store.stats().capacity
     return sys.maxsize if capacity is None else capacity
-
-
-def _aligned_rows(count: int, block_bytes: int) -> NDArray[np.uint8]:
-    """Fresh memory u8[n, P] at an address that JAX's CPU device can take over as it is."""
-    memory = np.empty((count * block_bytes + _ALIGNMENT,), np.uint8)
-    first = -memory.ctypes.data % _ALIGNMENT
-    return memory[first : first + count * block_bytes].reshape(count, block_bytes)

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.offload.announcer import Arrival, Departures, TierAnnouncer
+from kvbm_jax.offload.leases import BufferPool
 from kvbm_jax.offload.staging import StagingRing, rows_of
 from kvbm_jax.offload.victims import Transfer
 from kvbm_jax.protocols import (
@@ -109,6 +110,7 @@ class Mover:
       stores: from the fastest down; one in memory (G2) is waited for, others are not.
       block_bytes: of one block, P.
       ring: where staging arrays are given back.
+      buffers: memory for what is read from a store.
       announcer: tells the world.
       metrics: counts what crosses each edge.
       clock: for durations.
@@ -120,6 +122,7 @@ class Mover:
         *,
         block_bytes: int,
         ring: StagingRing,
+        buffers: BufferPool,
         announcer: TierAnnouncer,
         metrics: MetricsSink,
         clock: Clock,
@@ -128,6 +131,7 @@ class Mover:
         self._prompt = self._stores.keys() & {Tier.G2}
         self._block_bytes = block_bytes
         self._ring = ring
+        self._buffers = buffers
         self._announcer = announcer
         self._metrics = metrics
         self._clock = clock
@@ -230,7 +234,7 @@ class Mover:
             keys = [transfer.key for transfer in progress.job.transfers if transfer.origin is tier]
             if not keys:
                 continue
-            out = np.empty((len(keys), self._block_bytes), np.uint8)
+            out = self._buffers.lend(len(keys), self._block_bytes)
             results = dict(zip(keys, store.get(keys, out).result(), strict=True))
             if not progress.job.is_copy:
                 ids = {key: row.block_id for key, row in results.items() if row.block_id is not None}

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.layout import KVLayout
 
-__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_of", "warm_up"]
+__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_for", "rows_of", "warm_up"]
 
 SMALL = 4
 """R of a small staging array."""
@@ -48,7 +48,7 @@ class StagingRing:
 
     def bytes_for(self, count: int) -> int:
         """Returns the bytes of the staging arrays that `count` blocks need."""
-        return sum(_sizes(count)) * self._block_bytes
+        return rows_for(count) * self._block_bytes
 
     def gather(self, cache: kv_cache.KVCache, block_ids: NDArray[np.int32]) -> list[jax.Array]:
         """Dispatches the gather of blocks i32[n] and returns at once.
@@ -92,9 +92,10 @@ def rows_of(array: jax.Array) -> NDArray[np.uint8]:
 def onboard(
     cache: kv_cache.KVCache, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
 ) -> tuple[kv_cache.KVCache, None]:
-    """Scatters rows u8[n, P] into blocks i32[n] of the cache, which it takes donated.
+    """Scatters the first n of `rows` into blocks i32[n] of the cache, which it takes donated.
 
-    The device may read `rows` until the result is computed: they must not be written any more.
+    `rows` is u8[M, P], M as `rows_for` says. JAX's CPU device takes aligned memory over without a copy, so `rows` must
+    not be written as long as anything refers to it.
     """
     sharding = cache.arrays[0].sharding
     # Put explicitly, and all before the first scatter: as numpy arguments of a program they take several times longer.
@@ -113,19 +114,21 @@ def warm_up(cache: kv_cache.KVCache) -> tuple[kv_cache.KVCache, None]:
     return cache, None
 
 
+def rows_for(count: int) -> int:
+    """Returns how many rows `onboard` reads for `count` blocks: the last piece is whole."""
+    return sum(_sizes(count))
+
+
 def _pieces(
     layout: KVLayout, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.generic]]]:
-    """Cuts blocks into pieces of the sizes of staging arrays, the last one padded."""
+    """Cuts blocks into pieces of the sizes of staging arrays; what pads the last one goes nowhere."""
     first = 0
     for size in _sizes(len(block_ids)):
         ids = np.full((size,), layout.num_blocks, np.int32)
         part = block_ids[first : first + size]
         ids[: len(part)] = part
-        piece = rows[first : first + size]
-        if len(piece) < size:
-            piece = np.concatenate([piece, np.zeros((size - len(piece), rows.shape[1]), np.uint8)])
-        yield ids, piece.view(jnp.dtype(layout.dtype)).reshape(size, *_block_shape(layout))
+        yield ids, rows[first : first + size].view(jnp.dtype(layout.dtype)).reshape(size, *_block_shape(layout))
         first += size
 
 
