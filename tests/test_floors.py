@@ -47,7 +47,7 @@ FLOORS = {
         "replay",
         "traces",
     ],
-    5: ["cli", "flax", "__main__"],
+    5: ["bench", "cli", "flax", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "concurrent", "io", "logging", "os", "pathlib", "socket", "threading", "time"}

@@ -1,9 +1,9 @@
 """`kvbm-jax replay`: how much of a trace a pool of a given size would have found in its cache."""
 
 import argparse
-from collections.abc import Callable
 from pathlib import Path
 
+from kvbm_jax.cli.arguments import at_least
 from kvbm_jax.cli.report import Report, table
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
@@ -13,7 +13,7 @@ SUMMARY = "replay traces against the pool and count what its cache would have fo
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
-    count, positive = _at_least(0), _at_least(1)
+    count, positive = at_least(0), at_least(1)
     parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, replayed in order as one")
     parser.add_argument("--num-blocks", type=positive, required=True, metavar="N", help="blocks of the pool")
     parser.add_argument("--host-blocks", type=count, default=0, metavar="N", help="blocks of tier G2 (default none)")
@@ -47,14 +47,3 @@ def _number(name: str, value: object) -> str:
     if not isinstance(value, float):
         return f"{value:,}"
     return f"{value:.1%}" if name.endswith("_rate") else f"{value:,.3f}"
-
-
-def _at_least(low: int) -> Callable[[str], int]:
-    """A parser of integers from `low`."""
-
-    def parse(text: str) -> int:
-        if not text.isascii() or not text.isdecimal() or int(text) < low:
-            raise argparse.ArgumentTypeError(f"{text!r} is no integer >= {low}")
-        return int(text)
-
-    return parse

@@ -1,0 +1,26 @@
+"""Parsers of arguments that several commands take; what they refuse is wrong usage."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+__all__ = ["at_least", "folder"]
+
+
+def at_least(low: int) -> Callable[[str], int]:
+    """Returns a parser of integers from `low`."""
+
+    def parse(text: str) -> int:
+        if not text.isascii() or not text.isdecimal() or int(text) < low:
+            raise argparse.ArgumentTypeError(f"{text!r} is no integer >= {low}")
+        return int(text)
+
+    return parse
+
+
+def folder(text: str) -> Path:
+    """Parses the path of a folder that is there."""
+    path = Path(text)
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder")
+    return path

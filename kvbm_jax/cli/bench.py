@@ -1,0 +1,67 @@
+"""`kvbm-jax bench`: how fast parts of the library are here, each beside a baseline of the same run."""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from kvbm_jax.cli.arguments import at_least, folder
+from kvbm_jax.cli.report import Report
+
+if TYPE_CHECKING:
+    from kvbm_jax.bench.timing import Row
+
+__all__ = ["SUMMARY", "add_arguments", "run"]
+
+SUMMARY = "time parts of the library beside a baseline"
+_OFFLOAD = "time how blocks move between device, host memory and disk"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the benches and their arguments."""
+    positive = at_least(1)
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+    offload = benches.add_parser("offload", help=_OFFLOAD, description=_OFFLOAD.capitalize() + ".")
+    # Suppressed where it is absent, or it would undo a --json given before the bench's name.
+    offload.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
+    offload.add_argument("--blocks", type=positive, default=96, metavar="N", help="blocks moved at once (default 96)")
+    offload.add_argument("--repeats", type=positive, default=7, metavar="R", help="times that count (default 7)")
+    offload.add_argument(
+        "--path", type=folder, metavar="DIR", help="folder on the disk to time (default the system's temporary folder)"
+    )
+    offload.set_defaults(bench=_offload)
+
+
+def run(args: argparse.Namespace) -> Report:
+    """Runs one bench."""
+    report: Report = args.bench(args)
+    return report
+
+
+def _offload(args: argparse.Namespace) -> Report:
+    from kvbm_jax.bench.offload import BLOCK_BYTES, measure  # noqa: PLC0415 (it brings JAX; `--help` need not)
+    from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
+
+    try:
+        rows = measure(Timing(args.repeats, _progress), args.blocks, args.path)
+    finally:
+        _progress("")
+    head = f"{args.blocks:,} blocks of {BLOCK_BYTES:,} bytes, medians of {args.repeats:,}"
+    return _report("offload", head, rows)
+
+
+def _report(bench: str, head: str, rows: Sequence["Row"]) -> Report:
+    width = max(len(row.case) for row in rows)
+    lines = [head, f"{'case':<{width}}  {'ms':>12}  {'baseline ms':>12}  {'ratio':>6}  baseline"]
+    lines += [
+        f"{row.case:<{width}}  {row.seconds * 1e3:>12,.3f}  {row.baseline_seconds * 1e3:>12,.3f}  "
+        f"{row.ratio:>6.2f}  {row.baseline}"
+        for row in rows
+    ]
+    return Report({"bench": bench, "rows": [row.as_dict() for row in rows]}, "\n".join(lines))
+
+
+def _progress(text: str) -> None:
+    """Shows what is under way in place of what was shown before, to a person only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
