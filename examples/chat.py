@@ -1,11 +1,13 @@
 """Chat with SmolLM2-135M through the paged cache of kvbm_jax.
 
-Without arguments, a scripted session: three users ask about one long document, one after the other and then again.
-Whatever a prompt shares with earlier ones is found in the pool and not computed anew. Every answer is compared, token
-for token, with the same prompt answered without any reuse; the exit status is 1 if one differs.
+Without arguments, a scripted session in two halves. First three users ask about one long document, one after the other
+and then again: whatever a prompt shares with earlier ones is found in the pool and not computed anew. Then ten tenants
+share a pool that has room for one of them, and find their prefixes in host memory, on disk, and after a restart (see
+tenants.py). Every answer is compared, token for token, with one computed without any reuse; the exit status is 1 if one
+differs.
 
     uv run examples/chat.py
-    uv run examples/chat.py --prompt "Why is the sky blue?"
+    uv run examples/chat.py --prompt "Why is the sky blue?" --offload-path cache
     uv run examples/chat.py --interactive
 """
 
@@ -14,16 +16,19 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
-from smollm2 import Sampler, StreamDecoder, Tokenizer, load_model, load_tokenizer
+import tenants
+from smollm2 import Sampler, StreamDecoder, find_model, load_model, load_tokenizer, model_identity
 from smollm2.engine import Completion, Engine
 
 from kvbm_jax.errors import ConfigError, KvbmError
 
 _HANDBOOK = Path(__file__).parent / "data" / "handbook.txt"
+_DISK_BUDGET = 2 << 30
 _SYSTEM = (
     "You are the assistant of a lighthouse station. Answer the question in one or two short sentences, using only the "
     "handbook that follows.\n\n"
@@ -45,16 +50,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.raw and args.prompt is None:
         parser.error("--raw goes with --prompt")
     try:
-        sampler = Sampler(args.temperature, args.top_p)
-        tokenizer = load_tokenizer()
-        begun = time.perf_counter()
-        model, _ = load_model(dtype=jnp.dtype(args.dtype))
-        loaded = time.perf_counter()
-        engine = Engine(
-            model, block_size=args.block_size, num_blocks=args.num_blocks, dtype=args.dtype, sampler=sampler
-        )
-        _tell(args, f"loaded in {loaded - begun:.1f} s, compiled in {engine.compile_seconds:.1f} s")
-        chat = _Chat(engine, tokenizer, args)
+        chat = _Chat(args)
+        if args.restarted is not None:
+            return chat.restarted(args.restarted)
         if args.interactive:
             return chat.interactive()
         if args.prompt is not None:
@@ -68,10 +66,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Chat:
     """The three ways to talk."""
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, args: argparse.Namespace) -> None:
-        self._engine = engine
-        self._tokenizer = tokenizer
+    def __init__(self, args: argparse.Namespace) -> None:
         self._args = args
+        self._sampler = Sampler(args.temperature, args.top_p)
+        self._tokenizer = load_tokenizer()
+        begun = time.perf_counter()
+        file = find_model()
+        self._model, _ = load_model(file, dtype=jnp.dtype(args.dtype))
+        self._model_id = f"smollm2-{model_identity(file)}-{args.dtype}"
+        _tell(args, f"loaded in {time.perf_counter() - begun:.1f} s")
 
     def once(self, text: str) -> int:
         """Answers one prompt."""
@@ -79,7 +82,8 @@ class _Chat:
             prompt = self._tokenizer.encode(text)
         else:
             prompt = self._tokenizer.apply_chat_template([{"role": "user", "content": text}])
-        answer = self._answer(prompt)
+        with self._engine(self._args.num_blocks, self._tiers()) as engine:
+            answer = self._answer(engine, prompt)
         if self._args.json:
             print(
                 json.dumps(
@@ -87,7 +91,7 @@ class _Chat:
                         "prompt_token_ids": answer.prompt,
                         "output_token_ids": answer.tokens,
                         "text": self._text(answer),
-                        "hits": {"g1": answer.num_cached},
+                        "hits": tenants.hits_of(answer),
                         "ttft_s": answer.ttft_seconds,
                         "decode_tokens_per_s": answer.decode_tokens_per_second,
                     }
@@ -98,41 +102,120 @@ class _Chat:
     def interactive(self) -> int:
         """Talks until the end of input."""
         messages: list[dict[str, str]] = []
-        print("Type a message; an empty line or end of input leaves.")
-        for line in _lines("> "):
-            messages.append({"role": "user", "content": line})
-            answer = self._answer(self._tokenizer.apply_chat_template(messages))
-            messages.append({"role": "assistant", "content": self._text(answer)})
+        with self._engine(self._args.num_blocks, self._tiers()) as engine:
+            print("Type a message; an empty line or end of input leaves.")
+            for line in _lines("> "):
+                messages.append({"role": "user", "content": line})
+                answer = self._answer(engine, self._tokenizer.apply_chat_template(messages))
+                messages.append({"role": "assistant", "content": self._text(answer)})
         return 0
 
     def scripted(self) -> int:
-        """Three users, two turns each; checks every answer against one without reuse."""
+        """Three users on the device alone, then ten tenants over all tiers; checks every answer."""
+        with self._engine(self._args.num_blocks, {}) as engine:
+            turns = self._users(engine)
+        self._show_turns(turns)
+        plan = self._plan(tenants.new_run_id())
+        restart = [sys.executable, __file__, *self._options(), "--restarted", plan.run_id]
+        rows = tenants.run(
+            plan,
+            self._engine,
+            self._answer,
+            lambda line: _tell(self._args, line),
+            model_id=self._model_id,
+            folder=self._args.offload_path,
+            restart=restart,
+        )
+        self._show_tiers(rows)
+        equal = all(row.equal for row in turns) and all(row.equal for row in rows)
+        if self._args.json:
+            found = {"turns": [row.as_dict() for row in turns], "tiers": [row.as_dict() for row in rows]}
+            print(json.dumps(found | {"all_equal": equal}))
+        else:
+            print(
+                "\nEvery answer is token for token the one computed without reuse."
+                if equal
+                else "\nAn answer differs from the one computed without reuse."
+            )
+        return 0 if equal else 1
+
+    def restarted(self, run_id: str) -> int:
+        """The second process of `scripted`."""
+        found = tenants.restarted(
+            self._plan(run_id), self._engine, self._answer, model_id=self._model_id, folder=self._args.offload_path
+        )
+        print(json.dumps(found))
+        return 0
+
+    def _users(self, engine: Engine) -> list["_Row"]:
         document = _HANDBOOK.read_text(encoding="utf-8")
         talks = {user: [{"role": "system", "content": _SYSTEM + document}] for user, _ in _TURNS}
         rows = []
-        for number, (user, question) in enumerate(_TURNS):
+        for user, question in _TURNS:
             talks[user].append({"role": "user", "content": question})
             prompt = self._tokenizer.apply_chat_template(talks[user])
             _tell(self._args, f"\n{user}: {question}")
-            warm = self._answer(prompt)
-            [cold] = self._engine.generate(
-                [prompt],
-                self._args.max_tokens,
-                salt=f"without reuse {number}",
-                seed=self._args.seed,
-                ignore_eos=self._args.ignore_eos,
+            warm = self._answer(engine, prompt)
+            [cold] = engine.generate(
+                [prompt], self._args.max_tokens, reuse=False, seed=self._args.seed, ignore_eos=self._args.ignore_eos
             )
             talks[user].append({"role": "assistant", "content": self._text(warm)})
             rows.append(_Row(user, warm, cold))
-        return self._summary(rows)
+        return rows
 
-    def _answer(self, prompt: list[int]) -> Completion:
+    def _plan(self, run_id: str) -> tenants.Plan:
+        system = {"role": "system", "content": _SYSTEM + _HANDBOOK.read_text(encoding="utf-8")}
+        return tenants.Plan(
+            [
+                self._tokenizer.apply_chat_template([system, {"role": "user", "content": question}])
+                for question in tenants.QUESTIONS
+            ],
+            self._args.max_tokens,
+            self._args.block_size,
+            self._args.host_blocks,
+            self._args.disk_budget,
+            run_id,
+        )
+
+    def _engine(self, num_blocks: int, tiers: Mapping[str, Any]) -> Engine:
+        args = self._args
+        engine = Engine(
+            self._model,
+            block_size=args.block_size,
+            num_blocks=num_blocks,
+            dtype=args.dtype,
+            sampler=self._sampler,
+            tiers=tiers,
+        )
+        _tell(args, f"compiled in {engine.compile_seconds:.1f} s")
+        return engine
+
+    def _tiers(self) -> dict[str, Any]:
+        """The tiers of a talk: those that options ask for."""
+        args = self._args
+        host = args.host_blocks or 0
+        disk = (_DISK_BUDGET if args.offload_path else 0) if args.disk_budget is None else args.disk_budget
+        if not host and not disk:
+            return {}
+        tiers = {"enable_offload": True, "host_blocks": host, "disk_budget": disk, "model_id": self._model_id}
+        return tiers | ({"offload_path": args.offload_path} if args.offload_path else {})
+
+    def _options(self) -> list[str]:
+        """The command line that gives a second process what this one has."""
+        args = self._args
+        options = ["--json"] + (["--ignore-eos"] if args.ignore_eos else [])
+        for name in ("max_tokens", "temperature", "top_p", "seed", "block_size", "host_blocks", "disk_budget", "dtype"):
+            if getattr(args, name) is not None:
+                options += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
+        return options
+
+    def _answer(self, engine: Engine, prompt: Sequence[int], salt: str = "") -> Completion:
         """Answers a prompt, streaming to the terminal unless JSON is asked for, with a line of figures."""
         decoder = StreamDecoder(self._tokenizer)
         shown = 0
-        completion = Completion(prompt, self._args.max_tokens)
-        for [completion] in self._engine.stream(
-            [prompt], self._args.max_tokens, seed=self._args.seed, ignore_eos=self._args.ignore_eos
+        completion = Completion(list(prompt), self._args.max_tokens)
+        for [completion] in engine.stream(
+            [prompt], self._args.max_tokens, salt=salt, seed=self._args.seed, ignore_eos=self._args.ignore_eos
         ):
             for token in completion.tokens[shown:]:
                 piece = "" if token in self._tokenizer.special_ids else decoder.push(token)
@@ -143,7 +226,7 @@ class _Chat:
             print(decoder.flush())
         _tell(
             self._args,
-            f"  [prompt {len(prompt)} tokens, {completion.num_cached} cached, {completion.num_prefilled} prefilled; "
+            f"  [prompt {len(prompt)} tokens, {_found(completion)}, {completion.num_prefilled} prefilled; "
             f"first token after {completion.ttft_seconds * 1e3:.0f} ms, then "
             f"{completion.decode_tokens_per_second:.1f} tokens/s]",
         )
@@ -153,28 +236,30 @@ class _Chat:
         ids = [token for token in completion.tokens if token not in self._tokenizer.special_ids]
         return self._tokenizer.decode(ids)
 
-    def _summary(self, rows: Sequence["_Row"]) -> int:
-        """Prints the table and the check; returns the exit status."""
-        equal = all(row.equal for row in rows)
-        if self._args.json:
-            print(json.dumps({"turns": [row.as_dict() for row in rows], "all_equal": equal}))
-            return 0 if equal else 1
-        print("\nTime to first token, computed without reuse (cold) and with what the pool had (warm)\n")
-        print(
-            f"{'turn':>4}  {'user':<5} {'prompt':>6} {'cached':>6} {'cold ms':>8} {'warm ms':>8} {'ratio':>6}  answer"
-        )
+    def _show_turns(self, rows: Sequence["_Row"]) -> None:
+        lines = [
+            "\nTime to first token, computed without reuse (cold) and with what the pool had (warm)\n",
+            f"{'turn':>4}  {'user':<5} {'prompt':>6} {'cached':>6} {'cold ms':>8} {'warm ms':>8} {'ratio':>6}  answer",
+        ]
         for number, row in enumerate(rows, start=1):
             cold, warm = row.cold.ttft_seconds, row.warm.ttft_seconds
-            print(
+            lines.append(
                 f"{number:>4}  {row.user:<5} {len(row.warm.prompt):>6} {row.warm.num_cached:>6} {cold * 1e3:>8.0f} "
-                f"{warm * 1e3:>8.0f} {cold / warm:>6.1f}  {'equal' if row.equal else 'DIFFERENT'}"
+                f"{warm * 1e3:>8.0f} {cold / warm:>6.1f}  {_verdict(row.equal)}"
             )
-        print(
-            "\nEvery answer is token for token the one computed without reuse."
-            if equal
-            else "\nAn answer differs from the one computed without reuse."
-        )
-        return 0 if equal else 1
+        _tell(self._args, "\n".join(lines))
+
+    def _show_tiers(self, rows: Sequence[tenants.Row]) -> None:
+        lines = [
+            "\nTime to first token by where the prefix was found (medians)\n",
+            f"{'found in':<20} {'visits':>6} {'tokens found':>12} {'first token ms':>15} {'ratio':>6}  answer",
+        ]
+        lines += [
+            f"{row.place:<20} {row.visits:>6} {row.found:>12} {row.ttft_seconds * 1e3:>15.0f} {row.speedup:>6.1f}  "
+            f"{_verdict(row.equal)}"
+            for row in rows
+        ]
+        _tell(self._args, "\n".join(lines))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,7 +278,7 @@ class _Row:
         return {
             "user": self.user,
             "prompt_tokens": len(self.warm.prompt),
-            "hits": {"g1": self.warm.num_cached},
+            "hits": tenants.hits_of(self.warm),
             "prefilled": self.warm.num_prefilled,
             "ttft_cold_s": self.cold.ttft_seconds,
             "ttft_warm_s": self.warm.ttft_seconds,
@@ -218,6 +303,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampler (default 0)")
     parser.add_argument("--block-size", type=_positive, default=16, metavar="N", help="tokens a block (default 16)")
     parser.add_argument("--num-blocks", type=_positive, default=512, metavar="N", help="size of the pool (default 512)")
+    parser.add_argument("--host-blocks", type=_whole, metavar="N", help="blocks of host memory below the pool")
+    parser.add_argument("--offload-path", type=Path, metavar="DIR", help="folder of the disk tier, kept between runs")
+    parser.add_argument("--disk-budget", type=_whole, metavar="BYTES", help="of the disk tier (default 2 GiB)")
+    parser.add_argument("--restarted", metavar="RUN", help=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache"
     )
@@ -230,6 +319,24 @@ def _positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
+
+
+def _whole(text: str) -> int:
+    """An option that is a number from 0."""
+    if not (text.isascii() and text.isdecimal()):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _found(completion: Completion) -> str:
+    """Where the cached part of a prompt was."""
+    places = {"g1": "device", "g2": "host", "g3": "disk"}
+    found = [f"{count} from {places[tier]}" for tier, count in tenants.hits_of(completion).items() if count]
+    return f"{completion.num_cached} cached" + (f" ({', '.join(found)})" if found else "")
+
+
+def _verdict(equal: bool) -> str:
+    return "equal" if equal else "DIFFERENT"
 
 
 def _lines(prompt: str) -> Iterator[str]:

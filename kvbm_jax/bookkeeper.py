@@ -259,6 +259,7 @@ class Bookkeeper:
         nobody = self.max_sequences
         for size in sorted(sizes):
             padded = np.zeros((size, 4), np.uint32)
+            self.match(padded)
             self._start(nobody, padded, 0, 0)
             self._register(nobody, padded, 0, 0)
         self._pool, self.sequences, _ = _release(self._pool, self.sequences, np.array([nobody], np.int32))

@@ -117,7 +117,9 @@ class BlockManager:
         self._residency = Residency(self._publisher, self._metrics, engine)
 
     def _begin(self) -> None:
-        self._cache = kv_cache.init(self.layout)
+        cache = kv_cache.init(self.layout)
+        # Committed from the start: a program compiled for an uncommitted cache would be compiled twice.
+        self._cache: kv_cache.KVCache = jax.device_put(cache, cache.arrays[0].sharding)
         self._book = Bookkeeper(
             num_blocks=self.layout.num_blocks,
             block_size=self.layout.block_size,

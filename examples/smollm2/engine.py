@@ -11,7 +11,8 @@ Axes: `S` denotes the tokens of a prefill chunk, `B` the rows of the sequence ba
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,14 @@ class Engine:
     def close(self) -> None:
         """Brings what is cached to the disk tier, if there is one, and ends the manager."""
         self.manager.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.manager.__exit__(kind, error, trace)
 
     def generate(
         self,

@@ -25,7 +25,7 @@ def test_one_prompt_as_json(capsys, tokenizer):
     assert len(answer["output_token_ids"]) == 4
     assert answer["text"] == tokenizer.decode(answer["output_token_ids"])
     assert "Paris" in answer["text"]
-    assert answer["hits"] == {"g1": 0}
+    assert answer["hits"] == {"g1": 0, "g2": 0, "g3": 0}
     assert answer["ttft_s"] > 0
     assert answer["decode_tokens_per_s"] > 0
 
@@ -39,6 +39,9 @@ def test_one_prompt_as_json(capsys, tokenizer):
         (["--num-blocks", "many"], "'many' is not a whole number of at least 1"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--raw"], "--raw goes with --prompt"),
+        (["--prompt", "x", "--host-blocks", "-1"], "'-1' is not a whole number of at least 0"),
+        (["--prompt", "x", "--offload-path", "/dev/null/x"], "/dev/null/x"),
+        (["--prompt", "x", "--disk-budget", "5", "--offload-path", "/tmp"], "cannot hold one block"),
     ],
 )
 def test_bad_options_are_named_in_one_line(arguments, message, capsys):
@@ -57,15 +60,34 @@ def test_a_missing_model_is_named_with_the_remedy(monkeypatch, capsys):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_the_scripted_session(capsys):
     assert chat.main(["--json", "--max-tokens", "12"]) == 0
     session = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert session["all_equal"]
     assert len(session["turns"]) == 6
-    assert session["turns"][0]["hits"] == {"g1": 0}
+    assert session["turns"][0]["hits"]["g1"] == 0
     for turn in session["turns"][1:]:
         assert turn["hits"]["g1"] >= 1500
         assert turn["ttft_cold_s"] > turn["ttft_warm_s"]
+    places = [row["place"] for row in session["tiers"]]
+    assert places == ["nowhere (cold)", "device", "host", "disk", "disk, after restart"]
+    for row in session["tiers"][1:]:
+        assert row["equal"]
+        assert row["found"] >= 1500
+        assert row["speedup"] > 1
+
+
+def test_a_second_run_of_the_same_prompt_finds_it_on_disk(tmp_path, capsys):
+    text = "The keeper climbed the stair with the lamp in one hand and the red book in the other, counting the steps."
+    arguments = ["--prompt", text, "--max-tokens", "4", "--ignore-eos", "--json", "--num-blocks", "16"]
+    found = []
+    for _ in range(2):
+        assert chat.main([*arguments, "--offload-path", str(tmp_path)]) == 0
+        found.append(json.loads(capsys.readouterr().out.splitlines()[-1]))
+    assert found[0]["hits"] == {"g1": 0, "g2": 0, "g3": 0}
+    assert found[1]["hits"]["g3"] >= 32
+    assert found[1]["output_token_ids"] == found[0]["output_token_ids"]
 
 
 def test_a_synthetic_trace_replays(tmp_path, capsys):

@@ -139,6 +139,7 @@ def test_all_blocks_come_back(engine, ids):
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_speed_beside_a_contiguous_cache_and_beside_no_cache(model, weights, tokenizer):
     """Ratios of medians of one interleaved round; the best of three counts, for neighbours slow some rounds down."""
     engine = Engine(model, block_size=BLOCK, num_blocks=512)

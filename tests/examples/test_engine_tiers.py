@@ -1,10 +1,10 @@
 """The engine with tiers below a small pool: answers stay, and first tokens come sooner than computed ones."""
 
-import os
 import statistics
 
 import pytest
 from smollm2.engine import Engine
+from tenants import drop_file_cache
 
 from kvbm_jax.protocols import Tier
 
@@ -34,15 +34,6 @@ def settle(engine):
     assert mover.wait_idle(60)
 
 
-def drop_file_cache(folder):
-    """Has the system forget what it keeps of files, so that they are read from the disk."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            file = os.open(path, os.O_RDONLY)
-            os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-            os.close(file)
-
-
 def test_answers_are_equal_from_every_tier_and_after_a_restart(model, ids, tmp_path):
     """Ten prompts in turn through a pool that holds one of them."""
     prompts = [ids[first : first + 100] for first in range(0, 1000, 100)]
@@ -66,6 +57,7 @@ def test_answers_are_equal_from_every_tier_and_after_a_restart(model, ids, tmp_p
 
 
 @pytest.mark.long
+@pytest.mark.timeout(900)
 def test_first_tokens_from_below_come_sooner_than_computed_ones(model, ids, tmp_path):
     """Ratios of medians of one interleaved round; the best of three counts, for neighbours slow some rounds down."""
     options = {"block_size": BLOCK, "num_blocks": 100, "chunks": (16, 48, 512), "tiers": tiers(tmp_path, 110)}
