@@ -300,7 +300,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--ignore-eos", action="store_true", help="generate exactly --max-tokens")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus to sample from (default 1)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the sampler (default 0)")
+    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the sampler (default 0)")
     parser.add_argument("--block-size", type=_positive, default=16, metavar="N", help="tokens a block (default 16)")
     parser.add_argument("--num-blocks", type=_positive, default=512, metavar="N", help="size of the pool (default 512)")
     parser.add_argument("--host-blocks", type=_whole, metavar="N", help="blocks of host memory below the pool")
@@ -316,7 +316,7 @@ def _parser() -> argparse.ArgumentParser:
 
 def _positive(text: str) -> int:
     """An option that is a number from 1."""
-    if not text.isdecimal() or int(text) < 1:
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
     return int(text)
 
@@ -325,6 +325,13 @@ def _whole(text: str) -> int:
     """An option that is a number from 0."""
     if not (text.isascii() and text.isdecimal()):
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    """A seed as JAX's keys take it."""
+    if _whole(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are whole numbers below 2**32")
     return int(text)
 
 

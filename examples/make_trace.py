@@ -41,19 +41,28 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Writes the file and says how large it is."""
     parser = argparse.ArgumentParser(prog="make_trace.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path)
-    parser.add_argument("--requests", type=int, default=2000, metavar="N")
-    parser.add_argument("--users", type=int, default=200, metavar="N")
-    parser.add_argument("--applications", type=int, default=5, metavar="N")
+    for name, default in (("requests", 2000), ("users", 200), ("applications", 5)):
+        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"default {default}")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
     rows = conversations(args.requests, users=args.users, applications=args.applications, seed=args.seed)
     refs = 0
-    with args.path.open("w", encoding="utf-8") as file:
-        for row in rows:
-            refs += len(row["hash_ids"])
-            file.write(json.dumps(row) + "\n")
+    try:
+        with args.path.open("w", encoding="utf-8") as file:
+            for row in rows:
+                refs += len(row["hash_ids"])
+                file.write(json.dumps(row) + "\n")
+    except OSError as error:
+        parser.error(f"cannot write {args.path}: {error.strerror}")
     print(f"{args.path}: {args.requests} requests, {refs} block references")
     return 0
+
+
+def _positive(text: str) -> int:
+    """An option that is a number from 1."""
+    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -257,8 +257,8 @@ def _nearest(name: str, names: Mapping[str, Any]) -> str:
 
 def _from_file(path: pathlib.Path) -> dict[str, Any]:
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise ConfigError(f"configuration file {path}: {error}") from error
     return {name: _check(name, _key(name, str(path)), value, str(path)) for name, value in table.items()}
 

@@ -79,11 +79,6 @@ class KVLayout:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise LayoutError(f"{name} is {value!r}; it must be a positive integer")
-        if self.num_blocks * self.block_size >= 2**31:
-            raise LayoutError(
-                f"num_blocks * block_size is {self.num_blocks * self.block_size}; slots are int32, "
-                f"so it must stay below {2**31}: use fewer or smaller blocks"
-            )
         try:
             object.__setattr__(self, "dtype", jnp.dtype(self.dtype).name)
         except TypeError as error:
@@ -93,6 +88,14 @@ class KVLayout:
         except ValueError as error:
             kinds = ", ".join(LayoutKind)
             raise LayoutError(f"kind is {self.kind!r}; it must be one of {kinds}") from error
+        # Stacked layers are addressed as one array of L * N blocks.
+        names, slots = "num_blocks * block_size", self.num_blocks * self.block_size
+        if self.kind is LayoutKind.LAYER_STACKED:
+            names, slots = f"num_layers * {names}", self.num_layers * slots
+        if slots >= 2**31:
+            raise LayoutError(
+                f"{names} is {slots}; slots are int32, so it must stay below {2**31}: use fewer or smaller blocks"
+            )
 
     @property
     def itemsize(self) -> int:

@@ -30,11 +30,12 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from kvbm_jax import cache as kv_cache
 from kvbm_jax import grants
-from kvbm_jax.bookkeeper import BlockCounts, Bookkeeper, EvictedBlocks
+from kvbm_jax.block_pool import BlockCounts, BlockPool, EvictedBlocks
+from kvbm_jax.cache import KVCache
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
-from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, LayoutError, SequenceTooLongError
+from kvbm_jax.device_cache import DeviceCache
+from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Hasher, Sequence
 from kvbm_jax.hashing import check_tokens
@@ -51,6 +52,27 @@ from kvbm_jax.types import Status
 __all__ = ["BlockManager"]
 
 _LOG = logging.getLogger(__name__)
+
+
+def _whole[**P, R](
+    method: abc.Callable[Concatenate["BlockManager", P], R],
+) -> abc.Callable[Concatenate["BlockManager", P], R]:
+    """Has an interrupt (Ctrl-C, say) within a method leave the manager empty, not broken.
+
+    Donated state is gone before its successor is assigned; what comes in between cannot be undone.
+    """
+
+    @functools.wraps(method)
+    def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        try:
+            return method(self, *args, **kwargs)
+        except Exception:
+            raise
+        except BaseException:
+            self._lose()
+            raise
+
+    return whole
 
 
 class BlockManager:
@@ -117,10 +139,8 @@ class BlockManager:
         self._residency = Residency(self._publisher, self._metrics, engine)
 
     def _begin(self) -> None:
-        cache = kv_cache.init(self.layout)
-        # Committed from the start: a program compiled for an uncommitted cache would be compiled twice.
-        self._cache: kv_cache.KVCache = jax.device_put(cache, cache.arrays[0].sharding)
-        self._book = Bookkeeper(
+        self._cache = DeviceCache(self.layout)
+        self._book = BlockPool(
             num_blocks=self.layout.num_blocks,
             block_size=self.layout.block_size,
             max_sequences=self._max_sequences,
@@ -173,29 +193,35 @@ class BlockManager:
         resident = self._book.match(hashes[:reusable]) if reusable else 0
         # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
         loaded = self._residency.load(hashes[resident:reusable])
-        begun = self._clock.monotonic_ns()
-        started = self._book.start(row, hashes, reusable, count)
         seq = Sequence(
             row=row,
             tokens=words.tolist(),
-            num_cached=started.num_cached,
+            num_cached=0,
             salt=salt,
             lora_name=lora_name,
             hashes=hashes,
             hasher=self._hasher,
             on_release=self.release,
-            hits={Tier.G1: started.num_cached},
             reuse=reuse,
-            num_registered=started.num_cached // size,
         )
-        self._running[row] = seq
-        self._observe_allocation(begun, started.evicted)
-        if loaded is not None:
-            self._onboard(seq, loaded)
+        self._admit(seq, reusable, loaded)
         self._metrics.count("kvbm_prefix_query_tokens_total", count)
         for tier, found in seq.hits.items():
             self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
         return seq
+
+    @_whole
+    def _admit(self, seq: Sequence, reusable: int, loaded: Loaded | None) -> None:
+        """Gives a sequence its blocks, and brings loaded ones into them."""
+        begun = self._clock.monotonic_ns()
+        started = self._book.start(seq.row, seq.hashes, reusable, len(seq.tokens))
+        self._running[seq.row] = seq
+        seq.num_cached = started.num_cached
+        seq.num_registered = started.num_cached // self.layout.block_size
+        seq.hits = {Tier.G1: started.num_cached}
+        self._observe_allocation(begun, started.evicted)
+        if loaded is not None:
+            self._onboard(seq, loaded)
 
     def _onboard(self, seq: Sequence, loaded: Loaded) -> None:
         """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
@@ -219,6 +245,7 @@ class BlockManager:
         """Returns how many leading tokens, in whole blocks, the device holds now; nothing is held for the caller."""
         return self._book.match(self._hasher(tokens, salt, lora_name)) * self.layout.block_size
 
+    @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
         """Appends tokens to running sequences and gives them slots, for steps that the host drives one by one.
 
@@ -243,6 +270,7 @@ class BlockManager:
         for status in statuses:
             self._book.require(status, blocks=most)
 
+    @_whole
     def register(self, seq: Sequence, num_computed: int | None = None) -> int:
         """Makes the blocks of a sequence findable that are whole and computed.
 
@@ -276,6 +304,7 @@ class BlockManager:
             self._residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
         return len(index)
 
+    @_whole
     def release(self, seq: Sequence) -> None:
         """Ends a sequence; what it registered stays cached until it is evicted.
 
@@ -299,23 +328,23 @@ class BlockManager:
     def warm_up(self) -> None:
         """Compiles the manager's own programs, so that the first requests do not wait for them."""
         self._book.warm_up()
-        self._residency.warm_up(self._cache)
+        self._residency.warm_up(self._cache.value)
         if self._residency.has_tiers:
             self.run(staging.warm_up)
 
     @property
-    def cache(self) -> kv_cache.KVCache:
+    def cache(self) -> KVCache:
         """The cache as it is now. Programs that donate it go through `run`."""
-        return self._cache
+        return self._cache.value
 
     @property
     def sequences(self) -> SequenceBatch:
         """Tables and lengths of the running sequences, on the device of the cache; a value, not a view."""
-        return self._beside_cache(self._book.sequences)
+        return self._cache.beside(self._book.sequences)
 
     def run[**P, R](
         self,
-        step: abc.Callable[Concatenate[kv_cache.KVCache, P], tuple[kv_cache.KVCache, R]],
+        step: abc.Callable[Concatenate[KVCache, P], tuple[KVCache, R]],
         *args: P.args,
         **kwargs: P.kwargs,
     ) -> R:
@@ -330,24 +359,18 @@ class BlockManager:
           What the program returned beside the cache.
 
         Raises:
+          LayoutError: if the program does not return the cache first.
           CacheLostError: if it failed after donation had destroyed the cache. The cache is empty then, no sequence
             runs any more, and an event says so.
         """
-        cache = self._cache
         try:
-            self._cache, result = step(cache, *args, **kwargs)
-        except BaseException as error:
-            if not any(array.is_deleted() for array in cache.arrays):
-                raise
-            self._lose()
-            if not isinstance(error, Exception):
-                raise
-            raise CacheLostError(
-                f"the step failed after its cache had been donated ({error}); the cache is empty again: "
-                "start all sequences anew"
-            ) from error
-        return result
+            return self._cache.run(step, *args, **kwargs)
+        except BaseException:
+            if self._cache.is_lost:
+                self._lose()
+            raise
 
+    @_whole
     def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> grants.Grant:
         """Sets aside the blocks that sequences need to grow.
 
@@ -361,12 +384,14 @@ class BlockManager:
         Raises:
           OutOfBlocksError: if there are not as many.
           SequenceTooLongError: if a sequence would outgrow its table.
-          ConfigError: if the blocks exceed `max_blocks`.
+          ConfigError: if the blocks exceed `max_blocks`, or a growth is negative.
           BlockStateError: if a sequence is not running.
         """
         count, size = 0, self.layout.block_size
         for seq, num_tokens in growth.items():
             self._check_running(seq)
+            if num_tokens < 0:
+                raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
             length = self._book.length(seq.row)
             needed = -(-(length + num_tokens) // size)
             if needed > self._max_blocks:
@@ -383,8 +408,9 @@ class BlockManager:
         self._tickets += 1
         block_ids = np.asarray(grant.block_ids)[:count].copy()
         self._grants[self._tickets] = (tuple(growth), block_ids)
-        return self._beside_cache(replace(grant, ticket=jnp.int32(self._tickets)))
+        return self._cache.beside(replace(grant, ticket=jnp.int32(self._tickets)))
 
+    @_whole
     def commit(
         self,
         grant: grants.Grant,
@@ -431,6 +457,7 @@ class BlockManager:
             self._register(seq)
         self._update_gauges()
 
+    @_whole
     def give_back(self, grant: grants.Grant) -> None:
         """Takes a grant back whose loop did not run, or failed.
 
@@ -444,6 +471,7 @@ class BlockManager:
 
     # Blocks outside sequences.
 
+    @_whole
     def allocate_blocks(self, count: int) -> list[Block]:
         """Grants blocks that belong to no sequence.
 
@@ -461,6 +489,7 @@ class BlockManager:
             for block, generation in zip(block_ids, generations, strict=True)
         ]
 
+    @_whole
     def free_blocks(self, blocks: abc.Sequence[Block]) -> None:
         """Gives blocks back.
 
@@ -478,12 +507,7 @@ class BlockManager:
           LayoutError: if shape or layer do not fit.
         """
         self._book.check(*self._columns([block]))
-        values = jnp.asarray(data)
-        shape = self._block_shape()
-        if values.shape != shape:
-            raise LayoutError(f"data has shape {list(values.shape)}; a block's layer is [C, T, H, D] = {list(shape)}")
-        slots = block.block_id * self.layout.block_size + jnp.arange(self.layout.block_size, dtype=jnp.int32)
-        self.run(_store_layer, values, slots, layer=layer)
+        self._cache.store_layer(block.block_id, layer, data)
 
     def load_kv(self, block: Block, layer: int) -> jax.Array:
         """Reads one layer of a block: [C, T, H, D], keys then values.
@@ -493,8 +517,7 @@ class BlockManager:
           LayoutError: if the layer does not exist.
         """
         self._book.check(*self._columns([block]))
-        array, first = kv_cache.layer_view(self._cache, layer)
-        return array[first + block.block_id]
+        return self._cache.load_layer(block.block_id, layer)
 
     # Events, numbers, the end.
 
@@ -517,6 +540,7 @@ class BlockManager:
         """Returns sizes and counters of the tiers below the device."""
         return self._residency.stats()
 
+    @_whole
     def clear(self) -> int:
         """Forgets every cached block that no sequence holds, in all tiers, and returns how many were on the device."""
         evicted = self._book.evict()
@@ -533,7 +557,7 @@ class BlockManager:
         Returns:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
-        return self._residency.flush(self._cache, seconds)
+        return self._residency.flush(self._cache.value, seconds)
 
     def close(self, seconds: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
@@ -568,11 +592,6 @@ class BlockManager:
         self._begin()
         self._residency.lost()
 
-    def _beside_cache[T](self, tree: T) -> T:
-        """Copies a pytree to the device of the cache: the caller may donate it."""
-        placed: T = jax.device_put(tree, self._cache.arrays[0].sharding, may_alias=False)
-        return placed
-
     def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
         """Ids and generations of handles, which must be of this manager and of its present cache."""
         for block in blocks:
@@ -601,22 +620,10 @@ class BlockManager:
 
     def _observe_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
         self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
-        self._residency.evicted(self._cache, evicted)
+        self._residency.evicted(self._cache.value, evicted)
         self._update_gauges()
 
     def _update_gauges(self) -> None:
         counts = self._book.stats()
         self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
         self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
-
-    def _block_shape(self) -> tuple[int, ...]:
-        layout = self.layout
-        return (layout.components, layout.block_size, layout.num_kv_heads, layout.head_dim)
-
-
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="layer")
-def _store_layer(
-    cache: kv_cache.KVCache, data: jax.Array, slots: jax.Array, *, layer: int
-) -> tuple[kv_cache.KVCache, None]:
-    """Writes [C, T, H, D] to the slots of one block; donates the cache."""
-    return kv_cache.store_kv(cache, layer, data[0], data[1], slots), None

@@ -377,6 +377,8 @@ def compact(state: PoolState) -> PoolState:
 def rehash(state: PoolState, seed: jax.Array) -> tuple[PoolState, jax.Array]:
     """Rebuilds the hash index under another seed, after a registration got INDEX_FULL. Work in proportion to N.
 
+    Do not donate the state: should keys be left over, it is needed again.
+
     Returns:
       The pool, and i32[] the number of keys that did not fit: 0, else try another seed on the former state.
     """

@@ -1,6 +1,6 @@
 """What the device holds: told to the world, and handed to the tiers below when it goes.
 
-The bookkeeper knows block ids and hashes, the manager knows tokens. Here both come together as one record for each
+The pool knows block ids and hashes, the manager knows tokens. Here both come together as one record for each
 registered block, kept while the device holds it, so that an evicted block can be offered below and a flush knows what
 there is. Without tiers below nothing is kept, and evictions are events only.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.bookkeeper import EvictedBlocks
+from kvbm_jax.block_pool import EvictedBlocks
 from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes

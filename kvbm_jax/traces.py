@@ -6,6 +6,7 @@ Only `hash_ids` matters to a replay: one id for each block of the input, prefix-
 equal whole prefix. Nothing is assumed about the size of a block or the range of the ids.
 """
 
+import codecs
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -45,9 +46,10 @@ def read(path: Path, *, limit: int | None = None) -> Iterator[np.ndarray]:
             for number, line in enumerate(file, start=1):
                 if limit is not None and count >= limit:
                     return
-                if line.isspace():
+                text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if not text.strip():
                     continue
-                yield _ids(decoder, line, path, number)
+                yield _ids(decoder, text, path, number)
                 count += 1
     except OSError as error:
         raise TraceError(f"cannot read the trace {path}: {error.strerror or error}") from error
@@ -56,7 +58,7 @@ def read(path: Path, *, limit: int | None = None) -> Iterator[np.ndarray]:
 def _ids(decoder: msgspec.json.Decoder[Request], line: bytes, path: Path, number: int) -> np.ndarray:
     try:
         ids = decoder.decode(line).hash_ids
-    except msgspec.DecodeError as error:
+    except (msgspec.DecodeError, RecursionError) as error:
         raise TraceError(f"{path}, line {number} is not a request: {error}") from error
     except UnicodeDecodeError as error:
         raise TraceError(f"{path}, line {number} is not UTF-8 text: {error.reason}") from error

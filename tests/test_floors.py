@@ -35,10 +35,11 @@ FLOORS = {
     2: ["hashing", "identity", "config", "events", "metrics"],
     3: ["offload", "transfer"],
     4: [
-        "bookkeeper",
+        "block_pool",
         "handles",
         "manager",
         "residency",
+        "device_cache",
         "sizing",
         "tiers",
         "connector",

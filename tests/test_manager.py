@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import kvbm_jax
-from kvbm_jax import BlockManager, KvBlockManagerConfig, Status, grants, invariants
+from kvbm_jax import BlockManager, KvBlockManagerConfig, Status, block_pool, grants, invariants
 from kvbm_jax import index as block_index
 from kvbm_jax.errors import (
     BlockStateError,
@@ -139,7 +139,7 @@ def test_an_event_of_the_caller_is_numbered_and_published(manager):
 def test_running_out_of_blocks_holds_nothing(manager):
     with manager.start(prompt(20)):
         before = manager.stats()
-        with pytest.raises(OutOfBlocksError, match="4 blocks are needed beyond cached ones, 3 are free"):
+        with pytest.raises(OutOfBlocksError, match="of 8, 3 are free, 0 cached and not in use, 5 held"):
             manager.start(prompt(16, 50))
         assert manager.stats() == before
 
@@ -380,6 +380,75 @@ def test_metrics_follow():
     assert found["kvbm_eviction_count_total"] == 2
     assert found["kvbm_events_published_total"] == 4
     assert found["kvbm_allocation_latency_seconds"].count == 3
+
+
+def test_a_metrics_sink_that_breaks_changes_nothing(caplog):
+    class Broken:
+        def count(self, *args, **labels):
+            raise OSError("no room for this number")
+
+        gauge = observe = count
+
+    with make(metrics=Broken()) as manager:
+        with manager.start(prompt(9)) as seq:
+            assert manager.register(seq) == 2
+        assert manager.stats() == (6, 2, 0)
+    assert "the metrics sink failed on kvbm_blocks_allocated" in caplog.text
+
+
+@pytest.mark.parametrize("verb", ["start", "register", "release", "reserve", "allocate"])
+def test_an_interrupt_within_a_call_leaves_the_manager_empty_and_usable(verb, monkeypatch):
+    """Ctrl-C between the end of a donating program and the assignment of its result."""
+    with make() as manager:
+        seq = manager.start(prompt(9))
+        events = manager.subscribe_events()
+        original = getattr(block_pool.BlockPool, verb)
+
+        def interrupted(book, *args, **kwargs):
+            original(book, *args, **kwargs)
+            for leaf in jax.tree.leaves(book._pool):
+                leaf.delete()
+            raise KeyboardInterrupt
+
+        monkeypatch.setattr(block_pool.BlockPool, verb, interrupted)
+        calls = {
+            "start": lambda: manager.start(prompt(5)),
+            "register": lambda: manager.register(seq),
+            "release": lambda: manager.release(seq),
+            "reserve": lambda: manager.reserve({seq: 5}),
+            "allocate": lambda: manager.allocate_blocks(2),
+        }
+        with pytest.raises(KeyboardInterrupt):
+            calls[verb]()
+        monkeypatch.undo()
+        assert seq.released
+        assert [event.event_type for event in drain(events)] == [EventType.CLEARED]
+        assert manager.stats() == (8, 0, 0)
+        with manager.start(prompt(9)) as again:
+            assert manager.register(again) == 2
+        invariants.assert_holds(manager._book._pool)
+
+
+def test_a_step_must_return_the_cache_first(manager):
+    for step in (lambda cache: (1, cache), lambda cache: (None, None)):
+        with pytest.raises(LayoutError, match="it must return the cache"):
+            manager.run(step)
+    donating = jax.jit(lambda cache: (1, cache), donate_argnums=0)
+    with pytest.raises(CacheLostError, match="it must return the cache"):
+        manager.run(donating)
+    assert manager.run(lambda cache: (cache, 5)) == 5
+
+
+def test_growth_is_not_negative(manager):
+    with manager.start(prompt(5)) as seq, pytest.raises(ConfigError, match="cannot grow by -3 tokens"):
+        manager.reserve({seq: -3})
+
+
+def test_a_cache_that_does_not_fit_the_device_is_refused_with_its_size():
+    with pytest.raises(ConfigError, match=r"num_blocks = 400,000,000: a cache of .* does not fit the device"):
+        BlockManager(
+            KvBlockManagerConfig(block_size=4, num_blocks=400_000_000, num_layers=9, num_kv_heads=99, head_dim=512)
+        )
 
 
 def test_the_queue_is_compacted_in_time():

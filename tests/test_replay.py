@@ -140,6 +140,7 @@ def test_a_trace_is_read_line_by_line(tmp_path):
         (b'{"hash_ids": [3, -1]}', "hash id -1 is out of range"),
         (b'{"hash_ids": [18446744073709551616]}', "18446744073709551616"),
         (b'{"hash_ids": [1], "timestamp": "\xff"}', "line 3"),
+        (b'{"hash_ids": [1], "more": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "is not a request"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, part):
@@ -150,6 +151,13 @@ def test_a_bad_line_is_named_by_file_and_number(tmp_path, line, part):
     for word in (part, "broken.jsonl", "line 3"):
         assert word in str(caught.value)
     assert replay([path], 9, limit=1).requests == 1  # what comes after the limit is not read
+
+
+@pytest.mark.core
+def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path):
+    path = tmp_path / "marked.jsonl"
+    path.write_text('{"hash_ids": [1, 2]}\n', encoding="utf-8-sig")
+    assert [ids.tolist() for ids in traces.read(path)] == [[1, 2]]
 
 
 @pytest.mark.core

@@ -20,6 +20,9 @@ from kvbm_jax.errors import ConfigError
 __all__ = ["Sampler", "nucleus", "sample"]
 
 
+_COLDEST = 1e-3  # logits over less than this overflow float32
+
+
 def _greedy(logits: jax.Array) -> jax.Array:
     """The most likely token, the first among equals: float32[B, V] → i32[B]."""
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
@@ -76,15 +79,17 @@ class Sampler:
     """Static sampling settings: hashable, and traced into exactly the work they ask for.
 
     Raises:
-        ConfigError: `temperature` is not a finite number from 0, or `top_p` not in (0, 1].
+        ConfigError: `temperature` is neither 0 nor a finite number from 0.001, or `top_p` not in (0, 1].
     """
 
     temperature: float = 0.0
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.temperature) and self.temperature >= 0.0):
-            raise ConfigError(f"temperature is {self.temperature}, allowed are finite numbers in [0, inf)")
+        if not (self.temperature == 0.0 or _COLDEST <= self.temperature < math.inf):
+            raise ConfigError(
+                f"temperature is {self.temperature}, allowed are 0 for greedy and finite numbers from {_COLDEST}"
+            )
         if not 0.0 < self.top_p <= 1.0:
             raise ConfigError(f"top_p is {self.top_p}, allowed are numbers in (0, 1]")
 

@@ -79,8 +79,9 @@ def _devices() -> tuple[list[dict[str, Any]], list[str]]:
 
     try:
         found = jax.devices()
-    except RuntimeError as error:
-        return [], [f"jax has no device: {' '.join(str(error).split())}"]
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own where a platform has no plugin
+        reason = " ".join(str(error).split()) or f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} is not here"
+        return [], [f"jax has no device: {reason}"]
     devices = [{"platform": d.platform, "id": d.id, "kind": d.device_kind} for d in found]
     try:
         jax.devices("cpu")

@@ -39,6 +39,7 @@ def test_one_prompt_as_json(capsys, tokenizer):
         (["--num-blocks", "many"], "'many' is not a whole number of at least 1"),
         (["--dtype", "int3"], "invalid choice: 'int3'"),
         (["--raw"], "--raw goes with --prompt"),
+        (["--seed", str(2**64)], "allowed are whole numbers below 2**32"),
         (["--prompt", "x", "--host-blocks", "-1"], "'-1' is not a whole number of at least 0"),
         (["--prompt", "x", "--offload-path", "/dev/null/x"], "/dev/null/x"),
         (["--prompt", "x", "--disk-budget", "5", "--offload-path", "/tmp"], "cannot hold one block"),
@@ -97,3 +98,14 @@ def test_a_synthetic_trace_replays(tmp_path, capsys):
     assert result.requests == 50
     assert f"{result.block_refs} block references" in capsys.readouterr().out
     assert 0 < result.hits["g1"] < result.block_refs
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["trace.jsonl", "--users", "0"], "'0' is not a whole number"), (["/dev/null/x"], "cannot write /dev/null/x")],
+)
+def test_a_trace_that_cannot_be_made_is_said_in_one_line(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        make_trace.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err.splitlines()[-1]

@@ -138,7 +138,8 @@ def test_strict_promotion():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"temperature": -0.1}, "temperature is -0.1, allowed are finite numbers in [0, inf)"),
+        ({"temperature": -0.1}, "temperature is -0.1, allowed are 0 for greedy and finite numbers from 0.001"),
+        ({"temperature": 1e-38}, "temperature is 1e-38, allowed are"),
         ({"temperature": float("nan")}, "temperature is nan, allowed are"),
         ({"temperature": float("inf")}, "temperature is inf, allowed are"),
         ({"top_p": 0.0}, "top_p is 0.0, allowed are numbers in (0, 1]"),

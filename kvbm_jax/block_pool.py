@@ -1,8 +1,8 @@
 """The host's owner of a pool and its sequences: calls the pure verbs, and turns their statuses into errors.
 
 State lives on JAX's CPU device, so results are on the host at once; only tables and slots travel to the accelerator.
-The pool is donated from call to call and never leaves this object. Between calls the bookkeeper does what verbs leave
-to their owner: it compacts the inactive queue before it runs out of room, and rehashes the index should it refuse a
+The pool is donated from call to call and never leaves this object. Between calls it does what verbs leave
+to their owner: compacts the inactive queue before it runs out of room, and rehashes the index should it refuse a
 key. It knows block ids and hashes, but neither tokens nor cache contents; the manager adds those.
 
 Results are turned into numpy before they are indexed: an indexed JAX array would compile a program per shape. What
@@ -21,7 +21,7 @@ from kvbm_jax import grants, pool, sequences
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.types import Status
 
-__all__ = ["BlockCounts", "Bookkeeper", "EvictedBlocks", "Registered", "Started", "cpu_device"]
+__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "cpu_device"]
 
 _REHASH_TRIES = 8
 
@@ -55,8 +55,14 @@ class Registered(NamedTuple):
     new: NDArray[np.bool_]  # [M]: newly findable
 
 
-class Bookkeeper:
-    """Owns one `PoolState` and one `SequenceBatch` of `max_sequences` rows.
+class BlockPool:
+    """Owns one `PoolState` and one `SequenceBatch` of `max_sequences` rows; its methods are called from one thread.
+
+    Args:
+      num_blocks: blocks of the pool.
+      block_size: tokens of a block.
+      max_sequences: rows.
+      max_blocks: blocks of a table.
 
     Raises:
       ConfigError: if JAX offers no CPU device to keep the state on.
@@ -120,8 +126,9 @@ class Bookkeeper:
         return result
 
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
-        """Makes room for the next tokens of each row, i32[B]; returns i32[B] status."""
-        self._pool, self.sequences, result = _extend(self._pool, self.sequences, num_tokens, max_blocks=max_blocks)
+        """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
+        bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
+        self._pool, self.sequences, result = _extend(self._pool, self.sequences, num_tokens, max_blocks=bound)
         return np.array(result.status), _evicted(result.evicted)
 
     def reserve(self, count: int, max_blocks: int | None = None) -> tuple[grants.Grant, EvictedBlocks]:
@@ -206,12 +213,11 @@ class Bookkeeper:
 
     def is_current(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> bool:
         """Tells whether every handle is current and held."""
-        status = _check(self._pool, block_ids, generations)
-        return bool(np.all(np.asarray(status) == Status.OK))
+        return bool(np.all(self._check(block_ids, generations) == Status.OK))
 
     def check(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> None:
         """Raises `BlockStateError` unless every handle is current and held."""
-        status = np.asarray(_check(self._pool, block_ids, generations))
+        status = self._check(block_ids, generations)
         for block, code in zip(block_ids, status, strict=True):
             if code != Status.OK:
                 raise BlockStateError(f"block {block}: {Status(code).message}")
@@ -243,8 +249,8 @@ class Bookkeeper:
         counts = self.stats()
         if code is Status.OUT_OF_BLOCKS:
             raise OutOfBlocksError(
-                f"{blocks} blocks are needed beyond cached ones, {counts.reset} are free and {counts.inactive} "
-                f"evictable of {self._pool.num_blocks}; {code.message}"
+                f"{blocks} blocks are needed, those found cached included; of {self._pool.num_blocks}, {counts.reset} "
+                f"are free, {counts.inactive} cached and not in use, {counts.held} held; {code.message}"
             )
         if code is Status.TABLE_FULL:
             raise SequenceTooLongError(
@@ -273,6 +279,12 @@ class Bookkeeper:
                 return
         raise KvbmError(f"the block index takes no more keys after {_REHASH_TRIES} seeds; please report this")
 
+    def _check(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.int32]:
+        padded = self._pad_blocks(block_ids)[0]
+        wanted = np.zeros(padded.shape, np.uint32)
+        wanted[: len(generations)] = generations
+        return np.asarray(_check(self._pool, padded, wanted))[: len(block_ids)]
+
     def _make_room(self, pushes: int) -> None:
         if pushes > self._room:
             self._pool = _compact(self._pool)
@@ -299,7 +311,7 @@ def cpu_device() -> jax.Device:
     """
     try:
         return jax.local_devices(backend="cpu")[0]
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own where a platform has no plugin
         raise ConfigError(
             f"the pool's bookkeeping lives on JAX's CPU device, which is hidden ({error}); "
             "set JAX_PLATFORMS=cuda,cpu, or unset it"
