@@ -25,6 +25,7 @@ from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.types import Status
 
 if TYPE_CHECKING:
+    from kvbm_jax.block_pool import BlockPool
     from kvbm_jax.config import KvBlockManagerConfig
     from kvbm_jax.events import KvEvent
     from kvbm_jax.handles import Block, Sequence
@@ -60,6 +61,7 @@ __all__ = [
     "KvbmError",
     "Block",
     "BlockManager",
+    "BlockPool",
     "KvBlockManagerConfig",
     "KvEvent",
     "Sequence",
@@ -68,6 +70,7 @@ __all__ = [
 _HOST_NAMES = {
     "Block": "kvbm_jax.handles",
     "BlockManager": "kvbm_jax.manager",
+    "BlockPool": "kvbm_jax.block_pool",
     "KvBlockManagerConfig": "kvbm_jax.config",
     "KvEvent": "kvbm_jax.events",
     "Sequence": "kvbm_jax.handles",
