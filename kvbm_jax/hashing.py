@@ -214,9 +214,13 @@ def _chunks(words: NDArray[np.uint32], block_size: int) -> list[bytes]:
     """The tokens of each whole block as bytes."""
     if block_size < 1:
         raise HashingError(f"a block holds at least 1 token; block_size is {block_size}")
-    payload, step = words.astype("<u4", copy=False).tobytes(), block_size * 4
-    end = len(payload) // step * step
-    return [payload[start : start + step] for start in range(0, end, step)]
+    count = len(words) // block_size
+    if not count:
+        return []
+    whole = np.ascontiguousarray(words[: count * block_size], "<u4")
+    # As elements of a void type they are cut in one call; slices would take half as long as xxh3_64 itself.
+    chunks: list[bytes] = whole.view(f"V{block_size * 4}").tolist()
+    return chunks
 
 
 def _append_extras(
@@ -236,14 +240,23 @@ def _append_extras(
         lora_only = msgspec.msgpack.encode([lora_name, []])
         for block in range(len(chunks)):
             chunks[block] += lora_only if block not in items else b""
-    for block in items.keys() & range(len(chunks)):
-        chunks[block] += msgspec.msgpack.encode([lora_name, sorted(items[block])])
+    for block, entries in items.items():
+        if block < len(chunks):
+            chunks[block] += msgspec.msgpack.encode([lora_name, sorted(entries)])
 
 
 def _blake3_chain(chunks: list[bytes], salt: bytes, parent: bytes | None) -> list[bytes]:
-    keyed = blake3(key=blake3(_BLAKE3_CONTEXT + salt).digest()).copy
-    digest = _FIRST_PARENT if parent is None else parent
-    return [digest := keyed().update(digest + chunk).digest(_HASH_BYTES) for chunk in chunks]
+    hasher = blake3(key=blake3(_BLAKE3_CONTEXT + salt).digest())
+    # One hasher, reset before each block: a copy costs half as much as hashing 16 tokens.
+    reset, update, digest = hasher.reset, hasher.update, hasher.digest
+    current = _FIRST_PARENT if parent is None else parent
+    digests = []
+    for chunk in chunks:
+        reset()
+        update(current + chunk)
+        current = digest(_HASH_BYTES)
+        digests.append(current)
+    return digests
 
 
 def _xxh3_blocks(chunks: list[bytes], seed: int) -> list[int]:
@@ -253,18 +266,17 @@ def _xxh3_blocks(chunks: list[bytes], seed: int) -> list[int]:
 
 def _xxh3_chain(chunks: list[bytes], seed: int, parent: bytes | None) -> list[int]:
     digest, pack = xxhash.xxh3_64_intdigest, _TWO_UINT64.pack
-    blocks = _xxh3_blocks(chunks, seed)
     if parent is None:
-        first, rest = blocks[:1], blocks[1:]
+        first = _xxh3_blocks(chunks[:1], seed)
         current = first[0] if first else 0
     else:
-        first, rest = [], blocks
+        first = []
         current, beyond = _TWO_UINT64.unpack(parent)
         if beyond:
             raise HashingError(
                 "the parent is no xxh3_64 hash (its last 8 bytes are not zero); use one of the same algorithm"
             )
-    return first + [current := digest(pack(current, block), seed) for block in rest]
+    return first + [current := digest(pack(current, digest(chunk, seed)), seed) for chunk in chunks[len(first) :]]
 
 
 def _dynamo_seed(salt: str, lora_name: str | None) -> int:

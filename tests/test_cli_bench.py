@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
+from kvbm_jax.bench import hash as hash_bench
 from kvbm_jax.bench import offload
 from kvbm_jax.bench.timing import BenchError, Row, Timing
 from kvbm_jax.cli import main
@@ -66,6 +67,51 @@ def test_table_for_people(capsys, made_up):
     ]
 
 
+# 150 tokens are whole blocks of neither size.
+@pytest.mark.parametrize("tokens", ["64", "150"])
+def test_json_has_a_row_for_every_hash(capsys, tokens):
+    assert main(["bench", "hash", "--tokens", tokens, "--repeats", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(out.splitlines()[-1])
+    assert list(found) == ["bench", "rows"]
+    assert found["bench"] == "hash"
+    assert [row["case"] for row in found["rows"]] == [
+        "blake3 block 16",
+        "blake3 block 64",
+        "xxh3_64 block 16",
+        "xxh3_64 block 64",
+    ]
+    for row in found["rows"]:
+        assert list(row) == ["case", "seconds", "baseline", "baseline_seconds", "ratio"]
+        assert row["seconds"] > 0
+        assert row["baseline"]
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"]
+
+
+def test_table_of_hashes_tells_tokens_a_second(capsys, monkeypatch):
+    monkeypatch.setattr(hash_bench, "measure", lambda timing, num_tokens: [Row("a hash", 0.002, "plain loop", 0.001)])
+    assert main(["bench", "hash", "--tokens", "5000"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "5,000 tokens, medians of 7",
+        "case              ms   baseline ms   ratio       tokens/s  baseline",
+        "a hash         2.000         1.000    0.50      2,500,000  plain loop",
+    ]
+
+
+@pytest.mark.parametrize(("plain", "case"), [("_plain_blake3", "blake3"), ("_plain_xxh3", "xxh3_64")])
+def test_other_hashes_are_no_baseline(capsys, monkeypatch, plain, case):
+    def wrong(tokens, block_size):
+        hashes = right(tokens, block_size).copy()
+        hashes[1, 3] ^= 1
+        return hashes
+
+    right = getattr(hash_bench, plain)
+    monkeypatch.setattr(hash_bench, plain, wrong)
+    assert main(["bench", "hash", "--tokens", "64"]) == 1
+    assert f"error: {case} block 16: 1 of 4 hashes differ from the plain loop's" in capsys.readouterr().err
+
+
 def test_json_may_be_asked_for_before_the_name(capsys, made_up):
     assert main(["bench", "--json", "offload"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["ratio"] == 0.25
@@ -91,6 +137,9 @@ def test_progress_is_shown_on_a_terminal_and_wiped(capsys, monkeypatch):
         (("offload", "--repeats", "-1"), "--repeats"),
         (("offload", "--path", "no/such/place"), "'no/such/place' is no folder"),
         (("offload", "extra"), "unrecognized arguments: extra"),
+        (("hash", "--tokens", "63"), "'63' is no integer >= 64"),
+        (("hash", "--repeats", "0"), "'0' is no integer >= 1"),
+        (("hash", "--blocks", "3"), "unrecognized arguments: --blocks"),
     ],
 )
 def test_wrong_usage_is_status_2(capsys, argv, message):

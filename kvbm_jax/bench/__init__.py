@@ -2,4 +2,5 @@
 
 timing.py   what a measurement is, and how it is taken
 offload.py  the edges between device, host memory and disk
+hash.py     hashes of chained blocks
 """

@@ -15,21 +15,34 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 
 SUMMARY = "time parts of the library beside a baseline"
 _OFFLOAD = "time how blocks move between device, host memory and disk"
+_HASH = "time how the blocks of a sequence are hashed"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the benches and their arguments."""
     positive = at_least(1)
-    benches = parser.add_subparsers(required=True, metavar="BENCH")
-    offload = benches.add_parser("offload", help=_OFFLOAD, description=_OFFLOAD.capitalize() + ".")
+    common = argparse.ArgumentParser(add_help=False)
     # Suppressed where it is absent, or it would undo a --json given before the bench's name.
-    offload.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
+    common.add_argument("--json", action="store_true", default=argparse.SUPPRESS, help="print one JSON object")
+    common.add_argument("--repeats", type=positive, default=7, metavar="R", help="times that count (default 7)")
+    benches = parser.add_subparsers(required=True, metavar="BENCH")
+
+    offload = benches.add_parser("offload", parents=[common], help=_OFFLOAD, description=_OFFLOAD.capitalize() + ".")
     offload.add_argument("--blocks", type=positive, default=96, metavar="N", help="blocks moved at once (default 96)")
-    offload.add_argument("--repeats", type=positive, default=7, metavar="R", help="times that count (default 7)")
     offload.add_argument(
         "--path", type=folder, metavar="DIR", help="folder on the disk to time (default the system's temporary folder)"
     )
     offload.set_defaults(bench=_offload)
+
+    hashes = benches.add_parser("hash", parents=[common], help=_HASH, description=_HASH.capitalize() + ".")
+    hashes.add_argument(
+        "--tokens",
+        type=at_least(64),  # one block of the largest size
+        default=131_072,
+        metavar="N",
+        help="length of the sequence, at least 64 (default 131072)",
+    )
+    hashes.set_defaults(bench=_hash)
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -50,14 +63,28 @@ def _offload(args: argparse.Namespace) -> Report:
     return _report("offload", head, rows)
 
 
-def _report(bench: str, head: str, rows: Sequence["Row"]) -> Report:
+def _hash(args: argparse.Namespace) -> Report:
+    from kvbm_jax.bench.hash import measure  # noqa: PLC0415 (the hashing packages, too, `--help` need not)
+    from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
+
+    try:
+        rows = measure(Timing(args.repeats, _progress), args.tokens)
+    finally:
+        _progress("")
+    return _report("hash", f"{args.tokens:,} tokens, medians of {args.repeats:,}", rows, args.tokens)
+
+
+def _report(bench: str, head: str, rows: Sequence["Row"], tokens: int | None = None) -> Report:
+    """Lays out the rows; people also see how many tokens a second that is, if each trial is over `tokens` of them."""
     width = max(len(row.case) for row in rows)
-    lines = [head, f"{'case':<{width}}  {'ms':>12}  {'baseline ms':>12}  {'ratio':>6}  baseline"]
-    lines += [
-        f"{row.case:<{width}}  {row.seconds * 1e3:>12,.3f}  {row.baseline_seconds * 1e3:>12,.3f}  "
-        f"{row.ratio:>6.2f}  {row.baseline}"
-        for row in rows
-    ]
+    rate = f"  {'tokens/s':>13}" if tokens else ""
+    lines = [head, f"{'case':<{width}}  {'ms':>12}  {'baseline ms':>12}  {'ratio':>6}{rate}  baseline"]
+    for row in rows:
+        rate = f"  {tokens / row.seconds:>13,.0f}" if tokens else ""
+        lines.append(
+            f"{row.case:<{width}}  {row.seconds * 1e3:>12,.3f}  {row.baseline_seconds * 1e3:>12,.3f}  "
+            f"{row.ratio:>6.2f}{rate}  {row.baseline}"
+        )
     return Report({"bench": bench, "rows": [row.as_dict() for row in rows]}, "\n".join(lines))
 
 
