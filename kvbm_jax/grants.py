@@ -74,9 +74,10 @@ def extend(
     """
     groups, _, width = running.block_tables.shape
     lengths = running.lengths + num_tokens
-    fresh = sequences.blocks_for(lengths, running.block_size) - running.num_blocks
-    wide = running.num_blocks + fresh <= width
-    valid = wide & (fresh >= 0) & (fresh <= max_blocks)
+    needed = sequences.blocks_for(lengths, running.block_size)
+    fresh = jnp.maximum(needed - running.num_blocks, 0)
+    wide = needed <= width
+    valid = wide & (num_tokens >= 0) & (fresh <= max_blocks)
     fresh = jnp.where(valid, fresh, 0)
     ends = jnp.cumsum(groups * fresh, dtype=jnp.int32)
     fits = grant.used + ends <= grant.count

@@ -52,11 +52,13 @@ __all__ = [
     "compact",
     "evict",
     "init",
+    "is_shared",
     "match",
     "register",
     "rehash",
     "release",
     "release_room",
+    "scan",
     "stats",
 ]
 
@@ -160,16 +162,27 @@ def match(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.
     Returns:
       The blocks, not held yet: `acquire` them before anything else changes the pool.
     """
-    _check_hashes(hashes)
-    if counts.shape != hashes.shape[:1]:
-        raise LayoutError(f"counts are {list(counts.shape)} for hashes [B, M, 4] = {list(hashes.shape)}; give B counts")
-    asked = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
-    found = block_index.lookup(state.index, _keys(hashes, group))
-    miss = (found == state.num_blocks) | ~asked
+    found = scan(state, hashes, counts, group=group)
+    miss = found == state.num_blocks
     most = hashes.shape[1]
     length = jnp.min(jnp.where(miss, jnp.arange(most)[None, :], most), axis=1, initial=most).astype(jnp.int32)
     prefix = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < length[:, None]
     return MatchResult(jnp.where(prefix, found, state.num_blocks), length)
+
+
+def scan(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.Array | int = 0) -> jax.Array:
+    """Finds every resident block of each row, not stopping at a miss; the state does not change.
+
+    Args:
+      state: the pool.
+      hashes: u32[B, M, 4] sequence hashes.
+      counts: i32[B], how many of them are asked for.
+      group: i32[] group id.
+
+    Returns:
+      i32[B, M] block ids, N where a hash is not resident. They are not held yet.
+    """
+    return jnp.where(_asked(hashes, counts), block_index.lookup(state.index, _keys(hashes, group)), state.num_blocks)
 
 
 def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
@@ -233,7 +246,12 @@ def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[P
 
 
 def register(
-    state: PoolState, block_ids: jax.Array, hashes: jax.Array, *, group: jax.Array | int = 0
+    state: PoolState,
+    block_ids: jax.Array,
+    hashes: jax.Array,
+    *,
+    group: jax.Array | int = 0,
+    keep_duplicates: bool = False,
 ) -> tuple[PoolState, RegisterResult]:
     """Makes complete blocks findable by their hash.
 
@@ -245,6 +263,7 @@ def register(
       block_ids: i32[B, M] held blocks, padded with N.
       hashes: u32[B, M, 4] sequence hashes.
       group: i32[] group id.
+      keep_duplicates: static; True leaves a duplicate held and unregistered, so that no table has to change.
 
     Returns:
       The pool, and ids and status of each block. A block that is refused (see its status) stays held, unregistered
@@ -260,20 +279,21 @@ def register(
     known = (flat >= 0) & (flat < num_blocks)
     held = known & (_ref_counts(state, flat) > 0)
     before = held & block_index.is_registered(state.index, flat)
-    own_key = jnp.all(state.index.keys.at[flat].get(mode="fill", fill_value=0) == keys, axis=1)
 
     # A block named twice counts once, where it is named first.
     inactive, once = lru.last_occurrence(state.inactive, flat[::-1], (held & ~before)[::-1])
     state, once = replace(state, inactive=inactive), once[::-1]
     owner = block_index.lookup(state.index, keys)
     # All reads of the index come before its first write; without the barrier XLA copies it.
-    index, owner, own_key, before, once = fence((state.index, owner, own_key, before, once))
+    index, owner, before, once = fence((state.index, owner, before, once))
     new = once & (owner == num_blocks)
     index, inserted = block_index.insert(index, keys, flat, new)
+    own_key = jnp.all(index.keys.at[flat].get(mode="fill", fill_value=0) == keys, axis=1)
+    own_key &= block_index.is_registered(index, flat)
     state = replace(state, index=index)
     owner = jnp.where(new, inserted, owner)
 
-    duplicate = once & (owner < num_blocks) & (owner != flat)
+    duplicate = once & (owner < num_blocks) & (owner != flat) & (not keep_duplicates)
     state = _hold(state, owner, duplicate)
     state = replace(state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop"))
     counts, free = fence((state.ref_counts, duplicate & (_ref_counts(state, flat) == 0)))
@@ -284,7 +304,7 @@ def register(
             flat == num_blocks,
             ~known,
             ~held,
-            before & ~own_key | held & ~before & ~once,
+            held & ~own_key & (before | ~once),
             once & (owner == num_blocks),
         ],
         [
@@ -386,6 +406,12 @@ def rehash(state: PoolState, seed: jax.Array) -> tuple[PoolState, jax.Array]:
     return replace(state, index=index), left
 
 
+def is_shared(state: PoolState, block_ids: jax.Array) -> jax.Array:
+    """Tells which of i32[...] blocks must not be written: those that several hold, or that a hash finds."""
+    registered = block_index.is_registered(state.index, block_ids)
+    return registered | (state.ref_counts.at[block_ids].get(mode="fill", fill_value=0) > 1)
+
+
 def check_generations(state: PoolState, block_ids: jax.Array, generations: jax.Array) -> jax.Array:
     """Tells which handles are current.
 
@@ -467,6 +493,14 @@ def _keys(hashes: jax.Array, group: jax.Array | int) -> jax.Array:
 def _check_ids(name: str, values: jax.Array, axes: str) -> None:
     if values.ndim != axes.count(",") + 1 or values.dtype != jnp.int32:
         raise LayoutError(f"{name} are {values.dtype}{list(values.shape)}; expected int32{axes}")
+
+
+def _asked(hashes: jax.Array, counts: jax.Array) -> jax.Array:
+    """Which of hashes u32[B, M, 4] the counts i32[B] ask for, bool[B, M]."""
+    _check_hashes(hashes)
+    if counts.shape != hashes.shape[:1]:
+        raise LayoutError(f"counts are {list(counts.shape)} for hashes [B, M, 4] = {list(hashes.shape)}; give B counts")
+    return jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
 
 
 def _check_hashes(hashes: jax.Array) -> None:

@@ -6,7 +6,14 @@ The verbs take the pool and the batch and return both:
     start      match the prompt's prefix, hold it, allocate the rest       (tokens are slots now, not yet written)
     extend     make room for the next tokens, crossing into new blocks as needed
     register   make completed blocks findable; duplicates give way to the canonical block
+    fork       begin copies of running sequences; every block is shared, the partial tail too
+    unshare    give rows that are about to be written a tail of their own (copy on write)
+    trim       roll back to a shorter length and give the surplus blocks back
+    rewind     roll back inside a compiled loop; the blocks stay for the tokens to come
     release    give everything back, last block first
+
+A block that others hold, or can find by its hash, is never written: `extend` refuses a row whose tail is such a block
+until `unshare` has replaced it.
 
 Groups serve hybrid models: layers of one group share a table, all groups draw on one pool of equal-byte blocks, and a
 prefix hit is what every group can serve. A plain model has one group.
@@ -31,14 +38,19 @@ __all__ = [
     "RegisterResult",
     "SequenceBatch",
     "StartResult",
+    "UnshareResult",
     "append",
     "blocks_for",
     "extend",
+    "fork",
     "init",
     "register",
     "release",
+    "rewind",
     "slots",
     "start",
+    "trim",
+    "unshare",
 ]
 
 
@@ -65,6 +77,15 @@ class StartResult(NamedTuple):
 class ExtendResult(NamedTuple):
     """Outcome of `extend` for each row of the batch."""
 
+    status: jax.Array  # i32[B]
+    evicted: pool.Evicted
+
+
+class UnshareResult(NamedTuple):
+    """Outcome of `unshare` for each row of the batch: what `cache.copy_blocks` has to copy."""
+
+    sources: jax.Array  # i32[B, G], N where nothing is copied
+    targets: jax.Array  # i32[B, G]
     status: jax.Array  # i32[B]
     evicted: pool.Evicted
 
@@ -197,23 +218,26 @@ def extend(
       max_blocks: static bound of the new blocks of a row in one group.
 
     Returns:
-      Pool, batch and result; a row that gets no room keeps its length.
+      Pool, batch and result; a row that gets no room keeps its length. A row whose tail is shared gets SHARED_TAIL.
     """
     groups, batch, width = sequences.block_tables.shape
     lengths = sequences.lengths + num_tokens
     needed = blocks_for(lengths, sequences.block_size)
     wide = needed <= width
-    fresh = jnp.where(wide, needed - sequences.num_blocks, 0)
-    fits = fresh <= max_blocks
+    _, shared = _tails(state, sequences, num_tokens != 0)
+    private = ~jnp.any(shared, axis=1)
+    fresh = jnp.where(wide & private, jnp.maximum(needed - sequences.num_blocks, 0), 0)
+    fits = (fresh <= max_blocks) & (num_tokens >= 0)
     state, grant = pool.allocate(
         state, jnp.where(fits, groups * fresh, groups * max_blocks + 1), max_blocks=groups * max_blocks
     )
     blocks = jnp.arange(groups, dtype=jnp.int32)[None, :, None] * fresh[:, None, None]
     blocks = blocks + jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
     picked = jnp.take_along_axis(grant.block_ids, blocks.reshape(batch, -1), axis=1, mode="clip")
-    granted = wide & (grant.status == Status.OK)
+    granted = wide & private & (grant.status == Status.OK)
     sequences = append(sequences, picked.reshape(batch, groups, max_blocks), jnp.where(granted, fresh, 0))
-    status = jnp.where(wide, grant.status, Status.TABLE_FULL).astype(jnp.int32)
+    status = jnp.where(private, grant.status, Status.SHARED_TAIL)
+    status = jnp.where(wide, status, Status.TABLE_FULL).astype(jnp.int32)
     sequences = replace(sequences, lengths=jnp.where(granted, lengths, sequences.lengths))
     return state, sequences, ExtendResult(status, grant.evicted)
 
@@ -302,6 +326,132 @@ def release(
     return state, sequences, status
 
 
+def fork(
+    state: pool.PoolState, sequences: SequenceBatch, sources: jax.Array, rows: jax.Array
+) -> tuple[pool.PoolState, SequenceBatch, jax.Array]:
+    """Begins copies of running sequences: beams, parallel samples.
+
+    Every block is shared, the partial tail too; a row that goes on writing needs `unshare` first. (PagedAttention,
+    Kwon et al., SOSP 2023, section 4.4.)
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      sources: i32[R], rows to copy; one may be named often.
+      rows: i32[R], distinct empty rows of the batch; B for padding.
+
+    Returns:
+      Pool, batch, and i32[R] status.
+    """
+    groups, batch, width = sequences.block_tables.shape
+    lengths = sequences.lengths.at[sources].get(mode="fill", fill_value=0)
+    lengths = jnp.where(rows < batch, lengths, 0)
+    # Blocks beyond the length are the source's own, kept by `rewind` for tokens to come.
+    count = blocks_for(lengths, sequences.block_size)
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    tables = sequences.block_tables.at[:, sources].get(mode="fill", fill_value=sequences.pool_blocks)
+    tables = jnp.where(column < count[None, :, None], tables, sequences.pool_blocks)
+    state, status = pool.acquire(state, tables.transpose(1, 0, 2).reshape(-1, groups * width))
+    old, tables = fence((sequences.block_tables, tables))
+    forked = replace(
+        sequences,
+        block_tables=old.at[:, rows].set(tables, mode="drop"),
+        lengths=sequences.lengths.at[rows].set(lengths, mode="drop"),
+        num_blocks=sequences.num_blocks.at[rows].set(count, mode="drop"),
+    )
+    return state, forked, status
+
+
+def unshare(
+    state: pool.PoolState, sequences: SequenceBatch, mask: jax.Array
+) -> tuple[pool.PoolState, SequenceBatch, UnshareResult]:
+    """Gives rows that are about to be written a tail of their own, where the next token's block is shared.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      mask: bool[B], rows that will be written.
+
+    Returns:
+      Pool, batch, and the copies to make, `cache.copy_blocks(cache, sources, targets)`, before any other program
+      writes to the cache. Rows that share a tail and are named together all get a new one. A row without room keeps
+      its tail (OUT_OF_BLOCKS, as do all later ones); where the tails left behind have no room in the inactive queue,
+      nothing happens (QUEUE_FULL).
+    """
+    groups, batch, width = sequences.block_tables.shape
+    tails, shared = _tails(state, sequences, mask)
+    needs = jnp.any(shared, axis=1)
+    room = groups * jnp.sum(needs, dtype=jnp.int32) <= pool.release_room(state)
+    needs = needs & room
+    state, grant = pool.allocate(state, jnp.where(needs, groups, 0), max_blocks=groups)
+    done = needs & (grant.status == Status.OK)
+    sources = jnp.where(done[:, None], tails, sequences.pool_blocks)
+    targets = jnp.where(done[:, None], grant.block_ids, sequences.pool_blocks)
+    state, _ = pool.release(state, sources)
+    place = jnp.where(done, sequences.lengths // sequences.block_size, width)
+    row = jnp.arange(batch, dtype=jnp.int32)[None, :]
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None]
+    old, targets = fence((sequences.block_tables, targets))
+    tables = old.at[group, row, place[None, :]].set(targets.T, mode="drop")
+    status = jnp.where(room, grant.status, Status.QUEUE_FULL).astype(jnp.int32)
+    return state, replace(sequences, block_tables=tables), UnshareResult(sources, targets, status, grant.evicted)
+
+
+def trim(
+    state: pool.PoolState, sequences: SequenceBatch, lengths: jax.Array, *, max_blocks: int = 1
+) -> tuple[pool.PoolState, SequenceBatch, jax.Array]:
+    """Rolls sequences back to shorter lengths, as when drafted tokens are rejected, and gives surplus blocks back.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      lengths: i32[B], tokens that each row keeps; its present length leaves a row as it is.
+      max_blocks: static bound of the blocks that a row gives back in one group.
+
+    Returns:
+      Pool, batch, and i32[B] status: INVALID_COUNT where a length is negative, beyond the present one, or gives back
+      more than `max_blocks`; QUEUE_FULL for all rows, and nothing is done, where what is given back has no room in
+      the inactive queue. A row that ends inside a registered block goes on after `unshare`.
+    """
+    _, batch, width = sequences.block_tables.shape
+    kept = blocks_for(jnp.maximum(lengths, 0), sequences.block_size)
+    surplus = sequences.num_blocks - kept
+    valid = (lengths >= 0) & (lengths <= sequences.lengths) & (surplus <= max_blocks)
+    nth = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
+    place = jnp.where(valid[:, None] & (nth < surplus[:, None]), kept[:, None] + nth, width)
+    row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+    blocks = sequences.block_tables.at[:, row, place].get(mode="fill", fill_value=sequences.pool_blocks)
+    state, released = pool.release(state, _last_first(blocks.transpose(1, 0, 2)))
+    done = valid & (released != Status.QUEUE_FULL)
+    place = jnp.where(done[:, None], place, width)
+    old, place = fence((sequences.block_tables, place))
+    trimmed = replace(
+        sequences,
+        block_tables=old.at[:, row, place].set(sequences.pool_blocks, mode="drop"),
+        lengths=jnp.where(done, lengths, sequences.lengths),
+        num_blocks=jnp.where(done, kept, sequences.num_blocks),
+    )
+    status = jnp.where(valid, released, Status.INVALID_COUNT)
+    return state, trimmed, jnp.where(released == Status.QUEUE_FULL, released, status).astype(jnp.int32)
+
+
+def rewind(sequences: SequenceBatch, lengths: jax.Array) -> tuple[SequenceBatch, jax.Array]:
+    """Rolls sequences back to shorter lengths without the pool: blocks stay in their tables, for the tokens to come.
+
+    For compiled loops of speculative decoding. A length below what a loop began with may reach into shared blocks.
+
+    Args:
+      sequences: the batch.
+      lengths: i32[B], tokens that each row keeps.
+
+    Returns:
+      The batch, and i32[B] status: INVALID_COUNT where a length is negative or beyond the present one.
+    """
+    valid = (lengths >= 0) & (lengths <= sequences.lengths)
+    status = jnp.where(valid, Status.OK, Status.INVALID_COUNT).astype(jnp.int32)
+    return replace(sequences, lengths=jnp.where(valid, lengths, sequences.lengths)), status
+
+
 def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> jax.Array:
     """Finds the slots of tokens.
 
@@ -317,6 +467,19 @@ def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> ja
     blocks = sequences.block_tables.at[:, rows, positions // size].get(mode="fill", fill_value=sequences.pool_blocks)
     padding = sequences.pool_blocks * size
     return jnp.where(blocks < sequences.pool_blocks, blocks * size + (positions % size)[None, :], padding)
+
+
+def _tails(state: pool.PoolState, sequences: SequenceBatch, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finds the blocks that the next token of masked rows goes into, where the table has them already.
+
+    Returns:
+      i32[B, G] blocks, padded with N, and bool[B, G]: others hold or can find them.
+    """
+    batch = sequences.block_tables.shape[1]
+    row = jnp.where(mask, jnp.arange(batch, dtype=jnp.int32), batch)
+    place = sequences.lengths // sequences.block_size
+    tails = sequences.block_tables.at[:, row, place].get(mode="fill", fill_value=sequences.pool_blocks).T
+    return tails, pool.is_shared(state, tails)
 
 
 def _last_first(tables: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ class Status(enum.IntEnum):
     TABLE_FULL = 8
     INVALID_COUNT = 9
     STALE_GENERATION = 10
+    SHARED_TAIL = 11
 
     @property
     def message(self) -> str:
@@ -48,4 +49,5 @@ _MESSAGES: Final = {
     Status.TABLE_FULL: "the sequence outgrows its block table; start it with a wider one",
     Status.INVALID_COUNT: "a count is negative or exceeds the static maximum of the call",
     Status.STALE_GENERATION: "the handle is older than its block's present use; drop it",
+    Status.SHARED_TAIL: "the next token would be written into a block that others hold or can find; unshare the row",
 }

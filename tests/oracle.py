@@ -80,7 +80,8 @@ class OraclePool:
                     fits = keys_before[block] == key
                     result.append((block, False, Status.OK if fits else Status.ALREADY_REGISTERED))
                 elif block in named:
-                    result.append((block, False, Status.ALREADY_REGISTERED))
+                    fits = self.keys.get(block) == key
+                    result.append((block, False, Status.OK if fits else Status.ALREADY_REGISTERED))
                 elif key in self.blocks:
                     named.add(block)
                     canonical = self.blocks[key]

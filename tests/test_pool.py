@@ -262,13 +262,35 @@ def test_statuses_of_register():
         [[False], [False]],
         [[OK], [Status.ALREADY_REGISTERED]],
     ]
-    # A block named twice counts where it is named first.
-    assert p.register([[a[1]], [b[0], a[1]]], [[3], [4, 3]]) == [
-        [[a[1]], [b[0], a[1]]],
-        [[True], [True, False]],
-        [[OK], [OK, Status.ALREADY_REGISTERED]],
+    # A block named twice counts where it is named first; naming it again by the same hash is fine.
+    assert p.register([[a[1], a[1]], [b[0], a[1]]], [[3, 5], [4, 3]]) == [
+        [[a[1], a[1]], [b[0], a[1]]],
+        [[True, False], [True, False]],
+        [[OK, Status.ALREADY_REGISTERED], [OK, OK]],
     ]
     assert p.match([3], [4], [2]) == [[a[1]], b, []]
+
+
+def test_a_duplicate_can_be_kept():
+    p = Pool()
+    (first, second, _), _ = p.allocate(1, 1)
+    p.register([first], [[1]])
+    state, result = pool.register(p.state, ids(second), hashes([1]), keep_duplicates=True)
+    assert result.block_ids[0, 0] == second[0]
+    assert not result.registered[0, 0]
+    assert result.status[0, 0] == OK
+    assert [int(state.ref_counts[b]) for b in (*first, *second)] == [1, 1]
+    invariants.assert_holds(state)
+
+
+def test_scanning_does_not_stop_at_a_miss():
+    p = Pool()
+    cached = p.cache(1, 2, 4)
+    found = pool.scan(p.state, hashes([3, 1, 4], [2, 2]), counts(3, 1))
+    assert found.tolist()[0][:3] == [N, cached[0], cached[2]]
+    assert found.tolist()[1][:2] == [cached[1], N]
+    with pytest.raises(LayoutError, match="give B counts"):
+        pool.scan(p.state, hashes([1]), jnp.zeros((9,), jnp.int32))
 
 
 def test_a_duplicate_gives_way_to_the_canonical_block_and_its_hold_moves():

@@ -28,6 +28,10 @@ def verbs():
         "extend": jax.jit(functools.partial(sequences.extend, max_blocks=MAX_BLOCKS)),
         "register": jax.jit(sequences.register),
         "release": jax.jit(sequences.release),
+        "fork": jax.jit(sequences.fork),
+        "unshare": jax.jit(sequences.unshare),
+        "trim": jax.jit(functools.partial(sequences.trim, max_blocks=MAX_BLOCKS)),
+        "rewind": jax.jit(sequences.rewind),
         "check": jax.jit(invariants.check),
         "match": jax.jit(pool.match),
         "compact": jax.jit(pool.compact),
@@ -103,9 +107,15 @@ class Model:
 
     def extend(self, num_tokens):
         needed = [-(-(self.lengths[b] + num_tokens[b]) // T) for b in range(B)]
-        fresh = [needed[b] - len(self.tables[0][b]) for b in range(B)]
+        fresh = [max(needed[b] - len(self.tables[0][b]), 0) for b in range(B)]
         bad = [
-            Status.TABLE_FULL if needed[b] > W else Status.INVALID_COUNT if fresh[b] > MAX_BLOCKS else OK
+            Status.TABLE_FULL
+            if needed[b] > W
+            else Status.SHARED_TAIL
+            if num_tokens[b] and self.is_shared(b)
+            else Status.INVALID_COUNT
+            if fresh[b] > MAX_BLOCKS or num_tokens[b] < 0
+            else OK
             for b in range(B)
         ]
         granted, status, _ = self.pool.allocate([0 if bad[b] else self.groups * fresh[b] for b in range(B)])
@@ -116,6 +126,57 @@ class Model:
                     self.tables[g][b] += granted[b][g * fresh[b] : (g + 1) * fresh[b]]
                 self.lengths[b] += num_tokens[b]
         return status
+
+    def is_shared(self, row):
+        """Whether the block that the row's next token goes into is there, and must not be written."""
+        tails = [block for table in self.tables for block in table[row][self.lengths[row] // T :][:1]]
+        return any(self.pool.refs[b] > 1 or b in self.pool.keys for b in tails)
+
+    def fork(self, sources, rows):
+        counts = [-(-self.lengths[source] // T) for source in sources]
+        held = [
+            [self.tables[g][source][j] for j in range(count) for g in range(self.groups)]
+            for source, count in zip(sources, counts, strict=True)
+        ]
+        assert set(self.pool.acquire(held)) <= {OK}
+        for source, row, count in zip(sources, rows, counts, strict=True):
+            self.lengths[row] = self.lengths[source]
+            for g in range(self.groups):
+                self.tables[g][row] = self.tables[g][source][:count]
+
+    def unshare(self, rows):
+        shared = [b in rows and self.is_shared(b) for b in range(B)]
+        granted, status, _ = self.pool.allocate([self.groups * wanted for wanted in shared])
+        copies, left = [], []
+        for b in range(B):
+            copies.append([])
+            if shared[b] and status[b] == OK:
+                place = self.lengths[b] // T
+                old = [table[b][place] for table in self.tables]
+                copies[b] = list(zip(old, granted[b], strict=True))
+                left.append([[block] for block in old])
+                for g in range(self.groups):
+                    self.tables[g][b][place] = granted[b][g]
+        self._release(left)
+        return copies, status
+
+    def trim(self, lengths):
+        kept = [-(-n // T) for n in lengths]
+        valid = [
+            0 <= lengths[b] <= self.lengths[b] and len(self.tables[0][b]) - kept[b] <= MAX_BLOCKS for b in range(B)
+        ]
+        rows = [b for b in range(B) if valid[b]]
+        self._release([[self.tables[g][b][kept[b] :] for g in range(self.groups)] for b in rows])
+        for b in rows:
+            self.lengths[b] = lengths[b]
+            for g in range(self.groups):
+                del self.tables[g][b][kept[b] :]
+        return [OK if fits else Status.INVALID_COUNT for fits in valid]
+
+    def rewind(self, lengths):
+        valid = [0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True)]
+        self.lengths = [new if fits else old for new, old, fits in zip(lengths, self.lengths, valid, strict=True)]
+        return [OK if fits else Status.INVALID_COUNT for fits in valid]
 
     def register(self, rows, numbers, first):
         results = []
@@ -197,6 +258,33 @@ class Driver:
         assert status.tolist() == [OK] * R
         self.check()
 
+    def fork(self, sources, rows):
+        self.pool, self.batch, status = self.do["fork"](self.pool, self.batch, column(sources, B), column(rows, B))
+        assert status.tolist() == [OK] * R
+        self.model.fork(sources, rows)
+        self.check()
+
+    def unshare(self, rows):
+        mask = jnp.array([b in rows for b in range(B)])
+        self.pool, self.batch, result = self.do["unshare"](self.pool, self.batch, mask)
+        copies, status = self.model.unshare(rows)
+        assert result.status.tolist() == status
+        for b in range(B):
+            expected = copies[b] or [(self.n, self.n)] * self.groups
+            assert list(zip(result.sources[b].tolist(), result.targets[b].tolist(), strict=True)) == expected
+        self.check()
+        return copies, status
+
+    def roll_back(self, verb, lengths):
+        wanted = jnp.array(lengths, jnp.int32)
+        if verb == "trim":
+            self.pool, self.batch, status = self.do["trim"](self.pool, self.batch, wanted)
+        else:
+            self.batch, status = self.do["rewind"](self.batch, wanted)
+        assert status.tolist() == getattr(self.model, verb)(lengths)
+        self.check()
+        return status.tolist()
+
     @property
     def tables(self):
         return [[[b for b in row if b != self.n] for row in table] for table in self.batch.block_tables.tolist()]
@@ -231,10 +319,10 @@ def test_random_steps_match_the_model(groups, seed):
     rng = np.random.default_rng([groups, seed])
     d = Driver(groups)
     contents, registered, seen = {}, dict.fromkeys(range(B), 0), set()
-    for _ in range(120):
-        empty = [b for b in range(B) if not d.model.lengths[b]]
-        running = [b for b in range(B) if d.model.lengths[b]]
-        move = rng.integers(4)
+    for _ in range(240):
+        running = [b for b in range(B) if d.model.tables[0][b]]
+        empty = [b for b in range(B) if b not in running]
+        move = rng.integers(7)
         if move == 0 and empty:
             rows = rng.permutation(empty)[:R].tolist()
             wanted = [rng.integers(0, 2, W + 1).tolist() for _ in rows]
@@ -244,7 +332,7 @@ def test_random_steps_match_the_model(groups, seed):
             contents |= dict(zip(rows, wanted, strict=True))
             registered |= {row: c // T for row, c in zip(rows, cached, strict=True)}
         elif move == 1:
-            tokens = [int(rng.integers(0, 12)) if b in running and rng.random() < 0.5 else 0 for b in range(B)]
+            tokens = [int(rng.integers(-1, 12)) if b in running and rng.random() < 0.5 else 0 for b in range(B)]
             seen |= {("extend", s) for s in d.extend(tokens)}
         elif move == 2 and running:
             rows = rng.permutation(running)[:R].tolist()
@@ -253,7 +341,84 @@ def test_random_steps_match_the_model(groups, seed):
                 registered[row] += count
         elif move == 3 and running and rng.random() < 0.6:
             d.release(rng.permutation(running)[:R].tolist())
+        elif move == 4 and running and empty:
+            rows = rng.permutation(empty)[:R].tolist()
+            sources = rng.choice(running, len(rows)).tolist()
+            d.fork(sources, rows)
+            for source, row in zip(sources, rows, strict=True):
+                # They part ways in the first block that is not whole.
+                whole = d.model.lengths[row] // T
+                contents[row] = contents[source][:whole] + rng.integers(0, 2, W + 1 - whole).tolist()
+                registered[row] = min(registered[source], whole)
+        elif move == 5 and running:
+            copies, status = d.unshare([b for b in running if rng.random() < 0.7])
+            seen |= {("unshare", bool(made), s) for made, s in zip(copies, status, strict=True)}
+        elif move == 6 and running:
+            # Below what is registered only by trim: rewinding there and writing on would be the caller's mistake.
+            verb = "trim" if rng.random() < 0.5 else "rewind"
+            lowest = [0 if verb == "trim" else T * registered[b] for b in range(B)]
+            lengths = [
+                int(rng.integers(min(lowest[b], d.model.lengths[b]), d.model.lengths[b] + 2)) if rng.random() < 0.5
+                else d.model.lengths[b]
+                for b in range(B)
+            ]  # fmt: skip
+            seen |= {(verb, s) for s in d.roll_back(verb, lengths)}
+            registered = {b: min(registered[b], d.model.lengths[b] // T) for b in range(B)}
     assert {("start", OK), ("start", Status.OUT_OF_BLOCKS), ("cached", True), ("extend", OK)} <= seen
+    assert {("extend", Status.SHARED_TAIL), ("unshare", True, OK)} <= seen
+    assert {("trim", OK), ("trim", Status.INVALID_COUNT), ("rewind", OK)} <= seen
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_fork_shares_everything_and_copies_what_it_writes(groups):
+    d = Driver(groups)
+    d.start([0], [[0, 1]], [6])
+    d.fork([0, 0], [1, 2])
+    assert d.model.tables[0][0] == d.model.tables[0][1] == d.model.tables[0][2]
+    assert d.extend([1, 1, 0, 0]) == [Status.SHARED_TAIL, Status.SHARED_TAIL, OK, OK]
+    copies, _ = d.unshare([1])
+    assert [len(made) for made in copies] == [0, groups, 0, 0]
+    assert d.extend([0, 1, 0, 0]) == [OK] * B
+    d.release([2])
+    copies, _ = d.unshare([0])  # nobody else holds it any more
+    assert not any(copies)
+    assert d.extend([3, 0, 0, 0]) == [OK] * B
+    d.release([0, 1])
+
+
+def test_rejected_tokens_roll_back_across_a_block_boundary():
+    d = Driver(1)
+    d.start([0], [[0, 1, 1]], [7])
+    assert d.register([0], [[0, 1, 1]], [0]) == [1]
+    assert d.extend([3, 0, 0, 0]) == [OK] * B
+    before = d.model.tables[0][0][:2]
+    assert d.roll_back("trim", [8, 0, 0, 0]) == [OK] * B
+    assert d.model.tables[0][0] == before
+    assert d.roll_back("trim", [9, 0, 0, -1]) == [Status.INVALID_COUNT, OK, OK, Status.INVALID_COUNT]
+    # Into the registered block: it stays findable, and the row goes on in a block of its own.
+    assert d.roll_back("trim", [2, 0, 0, 0]) == [OK] * B
+    assert d.extend([1, 0, 0, 0])[0] == Status.SHARED_TAIL
+    copies, _ = d.unshare([0])
+    assert copies[0] == [(before[0], d.model.tables[0][0][0])]
+    assert d.extend([1, 0, 0, 0]) == [OK] * B
+    assert d.model.pool.keys == {before[0]: (2, 0)}
+
+
+def test_a_loop_rewinds_and_goes_on_in_the_same_blocks():
+    running = sequences.init(1, 4, block_size=4, pool_blocks=16)
+    state, reserved = pool.init(16), None
+    state, running, _ = sequences.start(
+        state, running, jnp.array([0]), jnp.zeros((1, 1, 4), jnp.uint32), jnp.array([0]), jnp.array([6])
+    )
+    state, reserved = grants.reserve(state, jnp.int32(1), max_blocks=1)
+    running, grant, status = grants.extend(running, reserved.grant, jnp.array([5]))
+    assert (status.tolist(), running.num_blocks.tolist()) == ([OK], [3])
+    running, status = sequences.rewind(running, jnp.array([7]))
+    assert (status.tolist(), running.lengths.tolist(), running.num_blocks.tolist()) == ([OK], [7], [3])
+    running, grant, status = grants.extend(running, grant, jnp.array([5]))
+    assert (status.tolist(), running.lengths.tolist(), int(grant.used)) == ([OK], [12], 1)
+    _, _, status = grants.extend(running, grant, jnp.array([-1]))
+    assert status.tolist() == [Status.INVALID_COUNT]
 
 
 def test_a_hit_is_what_every_group_can_serve():
