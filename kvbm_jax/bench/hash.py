@@ -39,7 +39,10 @@ def measure(timing: Timing, num_tokens: int) -> list[Row]:
     """
     tokens = np.random.default_rng(0).integers(0, 1 << 32, num_tokens, np.uint32)
     rows = []
-    for algorithm, plain in ((HashAlgorithm.BLAKE3, _plain_blake3), (HashAlgorithm.XXH3_64, _plain_xxh3)):
+    for algorithm, plain, package in (
+        (HashAlgorithm.BLAKE3, _plain_blake3, "blake3"),
+        (HashAlgorithm.XXH3_64, _plain_xxh3, "xxhash"),
+    ):
         ours = functools.partial(hash_sequence, algorithm=algorithm)
         for block_size in _BLOCK_SIZES:
             case = f"{algorithm} block {block_size}"
@@ -48,7 +51,7 @@ def measure(timing: Timing, num_tokens: int) -> list[Row]:
                 raise BenchError(f"{case}: {wrong} of {num_tokens // block_size} hashes differ from the plain loop's")
             trial = functools.partial(_seconds, ours, tokens, block_size)
             baseline_trial = functools.partial(_seconds, plain, tokens, block_size)
-            rows.append(timing.compare(case, trial, "plain loop over the package", baseline_trial))
+            rows.append(timing.compare(case, trial, f"plain loop over {package}", baseline_trial))
     return rows
 
 
