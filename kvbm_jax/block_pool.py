@@ -21,7 +21,7 @@ from kvbm_jax import grants, pool, sequences
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.types import Status
 
-__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "cpu_device"]
+__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "Unshared", "cpu_device"]
 
 _REHASH_TRIES = 8
 
@@ -53,6 +53,14 @@ class Registered(NamedTuple):
 
     block_ids: NDArray[np.int32]  # [M]: the canonical blocks
     new: NDArray[np.bool_]  # [M]: newly findable
+
+
+class Unshared(NamedTuple):
+    """Tails that were replaced: blocks to copy before anything else is written, one entry a row, padded with N."""
+
+    sources: NDArray[np.int32]  # [B]
+    targets: NDArray[np.int32]  # [B]
+    evicted: EvictedBlocks
 
 
 class BlockPool:
@@ -130,6 +138,40 @@ class BlockPool:
         bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
         self._pool, self.sequences, result = _extend(self._pool, self.sequences, num_tokens, max_blocks=bound)
         return np.array(result.status), _evicted(result.evicted)
+
+    def fork(self, source: int, row: int) -> None:
+        """Begins a copy of the sequence of row `source`, in the empty row `row`; all blocks are shared."""
+        self._pool, self.sequences, status = _fork(
+            self._pool, self.sequences, np.array([source], np.int32), np.array([row], np.int32)
+        )
+        self.require(np.asarray(status)[0], blocks=self.max_blocks)
+
+    def unshare(self, rows: list[int]) -> Unshared:
+        """Gives rows a tail of their own where the next token would go into a block that is shared.
+
+        Raises:
+          OutOfBlocksError: if blocks are lacking; some rows may have theirs.
+        """
+        self._make_room(len(rows))
+        mask = np.zeros((self.max_sequences,), np.bool_)
+        mask[rows] = True
+        self._pool, self.sequences, result = _unshare(self._pool, self.sequences, mask)
+        copied = Unshared(
+            np.asarray(result.sources)[:, 0].copy(), np.asarray(result.targets)[:, 0].copy(), _evicted(result.evicted)
+        )
+        for row in rows:
+            self.require(np.asarray(result.status)[row], blocks=len(rows))
+        return copied
+
+    def trim(self, row: int, length: int) -> None:
+        """Rolls the sequence of a row back to `length` tokens, and gives surplus blocks back."""
+        lengths = np.array(self.sequences.lengths)
+        surplus = len(self.table(row)) - -(-length // self.sequences.block_size)
+        self._make_room(surplus)
+        lengths[row] = length
+        bound = 1 << (max(surplus, 1) - 1).bit_length()
+        self._pool, self.sequences, status = _trim(self._pool, self.sequences, lengths, max_blocks=bound)
+        self.require(np.asarray(status)[row], blocks=surplus)
 
     def reserve(self, count: int, max_blocks: int | None = None) -> tuple[grants.Grant, EvictedBlocks]:
         """Sets blocks aside for a compiled loop, padded to `max_blocks`, or to one of a few sizes.
@@ -349,6 +391,9 @@ _start = jax.jit(sequences.start, donate_argnums=0)
 _extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_blocks")
 _register = jax.jit(sequences.register, donate_argnums=0)
 _release = jax.jit(sequences.release, donate_argnums=0)
+_fork = jax.jit(sequences.fork, donate_argnums=0)
+_unshare = jax.jit(sequences.unshare, donate_argnums=0)
+_trim = jax.jit(sequences.trim, donate_argnums=0, static_argnames="max_blocks")
 _reserve = jax.jit(grants.reserve, donate_argnums=0, static_argnames="max_blocks")
 _allocate = jax.jit(pool.allocate, donate_argnums=0, static_argnames="max_blocks")
 _free = jax.jit(pool.release, donate_argnums=0)

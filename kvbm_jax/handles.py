@@ -81,6 +81,7 @@ class Sequence:
     hits: Mapping[Tier, int] = field(default_factory=dict)  # the tokens of `num_cached` by the tier they were found in
     reuse: bool = True  # whether it finds and leaves cached blocks
     num_registered: int = 0  # blocks that others can find
+    may_share_tail: bool = False  # whether the block of its next token may be one that must not be written
     released: bool = False
 
     def hash_blocks(self, count: int) -> NDArray[np.uint32]:

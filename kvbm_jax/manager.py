@@ -32,7 +32,7 @@ from numpy.typing import NDArray
 
 from kvbm_jax import grants
 from kvbm_jax.block_pool import BlockCounts, BlockPool, EvictedBlocks
-from kvbm_jax.cache import KVCache
+from kvbm_jax.cache import KVCache, copy_blocks
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_cache import DeviceCache
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
@@ -176,46 +176,56 @@ class BlockManager:
           OutOfBlocksError: if the prompt needs more blocks than are free or evictable.
           BlockStateError: if `max_sequences` are running.
         """
-        count, size = len(tokens), self.layout.block_size
+        words = check_tokens(tokens) if len(tokens) else np.zeros((0,), np.uint32)
+        seq = Sequence(
+            row=-1,
+            tokens=words.tolist(),
+            num_cached=0,
+            salt=salt,
+            lora_name=lora_name,
+            hashes=self._hasher(words, salt, lora_name),
+            hasher=self._hasher,
+            on_release=self.release,
+            reuse=reuse,
+            released=True,
+        )
+        self.resume(seq)
+        return seq
+
+    def resume(self, seq: Sequence) -> None:
+        """Begins a released sequence again, with all its tokens; what is cached of them is found as by `start`.
+
+        Preempting is `register`, then `release`.
+
+        Raises:
+          SequenceTooLongError: if it has no tokens, or more than a sequence may have.
+          OutOfBlocksError: if it needs more blocks than are free or evictable.
+          BlockStateError: if it is running, or `max_sequences` are.
+        """
+        count, size = len(seq.tokens), self.layout.block_size
+        if not seq.released:
+            raise BlockStateError(f"the sequence of row {seq.row} is running; release it before it is begun again")
         if not 1 <= count <= self._max_tokens:
             raise SequenceTooLongError(
                 f"a prompt of {count} tokens; between 1 and {self._max_tokens} fit a sequence "
                 f"({self._max_blocks} blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
             )
-        free_rows = set(range(self._max_sequences)) - self._running.keys()
-        if not free_rows:
-            raise BlockStateError(
-                f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
-            )
-        words = check_tokens(tokens)
-        hashes = self._hasher(words, salt, lora_name)
-        row, reusable = min(free_rows), (count - 1) // size if reuse else 0
+        row, hashes = self._free_row(), seq.hash_blocks(count // size)
+        reusable = (count - 1) // size if seq.reuse else 0
         resident = self._book.match(hashes[:reusable]) if reusable else 0
         # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
         loaded = self._residency.load(hashes[resident:reusable])
-        seq = Sequence(
-            row=row,
-            tokens=words.tolist(),
-            num_cached=0,
-            salt=salt,
-            lora_name=lora_name,
-            hashes=hashes,
-            hasher=self._hasher,
-            on_release=self.release,
-            reuse=reuse,
-        )
-        self._admit(seq, reusable, loaded)
+        self._admit(seq, row, reusable, loaded)
         self._metrics.count("kvbm_prefix_query_tokens_total", count)
         for tier, found in seq.hits.items():
             self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
-        return seq
 
     @_whole
-    def _admit(self, seq: Sequence, reusable: int, loaded: Loaded | None) -> None:
-        """Gives a sequence its blocks, and brings loaded ones into them."""
+    def _admit(self, seq: Sequence, row: int, reusable: int, loaded: Loaded | None) -> None:
+        """Gives a sequence a row and its blocks, and brings loaded ones into them."""
         begun = self._clock.monotonic_ns()
-        started = self._book.start(seq.row, seq.hashes, reusable, len(seq.tokens))
-        self._running[seq.row] = seq
+        started = self._book.start(row, seq.hashes, reusable, len(seq.tokens))
+        self._enter(seq, row)
         seq.num_cached = started.num_cached
         seq.num_registered = started.num_cached // self.layout.block_size
         seq.hits = {Tier.G1: started.num_cached}
@@ -239,6 +249,44 @@ class BlockManager:
         counts = collections.Counter(loaded.tiers)
         seq.hits = {**seq.hits, **{tier: blocks * size for tier, blocks in sorted(counts.items())}}
 
+    @_whole
+    def fork(self, seq: Sequence) -> Sequence:
+        """Begins a copy of a running sequence, for parallel samples and beams: both share all blocks.
+
+        The block that both would write next is copied when one of them grows (`extend`, `reserve`).
+
+        Raises:
+          BlockStateError: if it is not running, or `max_sequences` are.
+        """
+        self._check_running(seq)
+        row = self._free_row()
+        self._book.fork(seq.row, row)
+        copy = replace(seq, tokens=list(seq.tokens), may_share_tail=True)
+        seq.may_share_tail = True
+        self._enter(copy, row)
+        self._update_gauges()
+        return copy
+
+    @_whole
+    def trim(self, seq: Sequence, num_tokens: int) -> None:
+        """Rolls a sequence back to its first `num_tokens` tokens, as when drafted ones are rejected.
+
+        Raises:
+          BlockStateError: if it is not running, or has not as many tokens with a slot.
+        """
+        self._check_running(seq)
+        length = self._book.length(seq.row)
+        if not 0 <= num_tokens <= length:
+            raise BlockStateError(f"a sequence of {length} tokens cannot be rolled back to {num_tokens}")
+        self._book.trim(seq.row, num_tokens)
+        whole = num_tokens // self.layout.block_size
+        del seq.tokens[num_tokens:]
+        seq.hashes = seq.hashes[:whole]
+        seq.num_cached = min(seq.num_cached, num_tokens)
+        seq.num_registered = min(seq.num_registered, whole)
+        seq.may_share_tail = True
+        self._update_gauges()
+
     def match(
         self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
     ) -> int:
@@ -260,6 +308,7 @@ class BlockManager:
         for seq, new in added.items():
             self._check_running(seq)
             counts[seq.row] = len(new)
+        self._unshare([seq for seq, new in added.items() if new])
         begun = self._clock.monotonic_ns()
         most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
         statuses, evicted = self._book.extend(counts, most)
@@ -399,9 +448,10 @@ class BlockManager:
                     f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
                     f"{self._max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
                 )
-            count += needed - -(-length // size)
+            count += max(needed - len(self._book.table(seq.row)), 0)
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
+        self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
         begun = self._clock.monotonic_ns()
         grant, evicted = self._book.reserve(count, max_blocks)
         self._observe_allocation(begun, evicted)
@@ -614,6 +664,34 @@ class BlockManager:
         if block.owner is self._book and self._book.is_current(*self._columns([block])):
             self.free_blocks([block])
 
+    def _free_row(self) -> int:
+        """The first row that no sequence runs in."""
+        free = set(range(self._max_sequences)) - self._running.keys()
+        if not free:
+            raise BlockStateError(
+                f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
+            )
+        return min(free)
+
+    def _enter(self, seq: Sequence, row: int) -> None:
+        """Has a sequence run in a row that holds its blocks."""
+        seq.row = row
+        seq.released = False
+        self._running[row] = seq
+
+    def _unshare(self, growing: abc.Sequence[Sequence]) -> None:
+        """Copies the tails of sequences that are about to be written where others hold them too."""
+        rows = [seq.row for seq in growing if seq.may_share_tail]
+        if not rows:
+            return
+        begun = self._clock.monotonic_ns()
+        copied = self._book.unshare(rows)
+        self._observe_allocation(begun, copied.evicted)
+        if np.any(copied.sources < self.layout.num_blocks):
+            self.run(_copy_blocks, copied.sources, copied.targets)
+        for seq in growing:
+            seq.may_share_tail = False
+
     def _check_running(self, seq: Sequence) -> None:
         if self._running.get(seq.row) is not seq:
             raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
@@ -627,3 +705,9 @@ class BlockManager:
         counts = self._book.stats()
         self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
         self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_blocks(cache: KVCache, sources: jax.Array, targets: jax.Array) -> tuple[KVCache, None]:
+    """Copies blocks i32[B], padded with N; donates the cache."""
+    return copy_blocks(cache, sources, targets), None

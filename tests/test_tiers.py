@@ -4,12 +4,13 @@ import threading
 import time
 from concurrent.futures import Future
 
+import numpy as np
 import pytest
 import synthetic
 from tiered import BLOCK_BYTES, SIZE, TierModel, View, check, make, prefill, serve, settle
 
 from kvbm_jax import invariants
-from kvbm_jax.errors import CacheLostError, ConfigError
+from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.metrics import InMemoryMetrics
@@ -173,6 +174,101 @@ def test_clear_forgets_all_tiers(tmp_path):
         assert {tier: stats.blocks for tier, stats in manager.tier_stats().items()} == {Tier.G2: 0, Tier.G3: 0}
         for first in (0, 1000, 2000, 3000):
             assert serve(manager, prompt(first, 6)) == {}
+
+
+# Sequences that branch, roll back and come again.
+
+
+def grow(manager, seq, tokens):
+    """Appends tokens and writes their contents."""
+    first = len(seq.tokens)
+    manager.extend({seq: tokens})
+    prefill(manager, seq, first)
+    check(manager, seq)
+
+
+@pytest.mark.parametrize("tail", [0, 1, 3])
+def test_forks_share_blocks_until_one_of_them_writes(tail):
+    with make(24, max_sequences=3) as manager:
+        first = manager.start(prompt(0, 3, tail))
+        prefill(manager, first)
+        manager.register(first)
+        held = manager.stats().held
+        second = manager.fork(first)
+        third = manager.fork(second)
+        assert manager.stats().held == held
+        for seq, token in ((second, 7), (third, 8), (first, 9)):
+            grow(manager, seq, [token] * 6)
+        for seq in (first, second, third):
+            check(manager, seq)
+            assert manager.register(seq) == (tail + 6) // SIZE
+        assert first.hashes[-1].tolist() != second.hashes[-1].tolist()
+        manager.release(second)
+        check(manager, third)
+        with pytest.raises(BlockStateError, match="not running"):
+            manager.fork(second)
+        manager.release(first)
+        manager.release(third)
+        assert manager.stats().held == 0
+        assert serve(manager, [*prompt(0, 3, tail), *[8] * 6]) == {Tier.G1: (12 + tail + 5) // SIZE * SIZE}
+
+
+def test_a_fork_that_is_written_by_a_loop_gets_its_tail_first():
+    with make(24, max_sequences=2) as manager:
+        first = manager.start(prompt(0, 1, 2))
+        prefill(manager, first)
+        second = manager.fork(first)
+        grant = manager.reserve({second: 1})
+        tables = np.asarray(manager.sequences.block_tables)[0]
+        assert tables[first.row, 0] == tables[second.row, 0]
+        assert tables[first.row, 1] != tables[second.row, 1]
+        check(manager, second)
+        manager.give_back(grant)
+
+
+def test_a_copied_tail_takes_the_place_of_an_offloaded_block():
+    """The victim whose block becomes the copy is saved before it is overwritten."""
+    with make(8, max_sequences=2, host_blocks=20, **HOST) as manager:
+        serve(manager, prompt(500, 3, 0))
+        with manager.start(prompt(0, 5, 2)) as first:
+            prefill(manager, first)
+            with manager.fork(first) as second:
+                grow(manager, second, [7])
+                check(manager, first)
+        assert serve(manager, prompt(500, 3, 1)) == {Tier.G1: 4, Tier.G2: 8}
+
+
+def test_rejected_tokens_are_rolled_back_into_a_block_that_others_find():
+    with make(16) as manager:
+        seq = manager.start(prompt(0, 3, 2))
+        prefill(manager, seq)
+        manager.register(seq)
+        manager.trim(seq, 6)
+        assert (len(seq.tokens), seq.num_registered, len(seq.hashes)) == (6, 1, 1)
+        grow(manager, seq, [70, 71, 72])
+        assert manager.register(seq) == 1
+        manager.release(seq)
+        assert serve(manager, prompt(0, 3)) == {Tier.G1: 12}
+        assert serve(manager, [*range(6), 70, 71, 72]) == {Tier.G1: 8}
+        with manager.start(prompt(0, 1)) as seq, pytest.raises(BlockStateError, match="cannot be rolled back to 6"):
+            manager.trim(seq, 6)
+
+
+def test_a_preempted_sequence_comes_again_with_what_is_left_of_it():
+    with make(7, host_blocks=20, **HOST) as manager:
+        seq = manager.start(prompt(0, 3))
+        prefill(manager, seq)
+        grow(manager, seq, [5, 6, 7, 8])
+        manager.register(seq)
+        manager.release(seq)
+        serve(manager, prompt(1000, 6))
+        manager.resume(seq)
+        assert seq.hits == {Tier.G1: 0, Tier.G2: 16}
+        prefill(manager, seq)
+        check(manager, seq)
+        with pytest.raises(BlockStateError, match="is running"):
+            manager.resume(seq)
+        manager.release(seq)
 
 
 # Restarts.

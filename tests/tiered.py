@@ -56,11 +56,11 @@ def slots_of(manager, seq):
     return table[positions // SIZE] * SIZE + positions % SIZE
 
 
-def prefill(manager, seq):
-    """Writes what was not found."""
+def prefill(manager, seq, first=None):
+    """Writes what was not found, or what comes after the first tokens."""
     data = np.zeros((WIDTH, LAYERS, 4), np.float32)
     slots = np.full((WIDTH,), manager.layout.num_slots, np.int32)
-    new = slice(seq.num_cached, len(seq.tokens))
+    new = slice(seq.num_cached if first is None else first, len(seq.tokens))
     data[new], slots[new] = contents(seq.tokens)[new], slots_of(manager, seq)[new]
     manager.run(_store, data, slots)
 
