@@ -277,6 +277,10 @@ class BlockPool:
         self._pool, status = _free(self._pool, self._pad_blocks(block_ids))
         self.require(np.asarray(status)[0], blocks=len(block_ids))
 
+    def reset_blocks(self) -> NDArray[np.int32]:
+        """Returns the blocks that hold nothing, i32[n]."""
+        return np.asarray(self._pool.reset_stack)[: self.stats().reset].copy()
+
     def evict(self, count: int | None = None) -> EvictedBlocks:
         """Resets the `count` least recently released inactive blocks, or all of them."""
         wanted = self.stats().inactive if count is None else count

@@ -27,6 +27,7 @@ __all__ = [
     "layer_view",
     "load_kv",
     "scatter_blocks",
+    "scrub_blocks",
     "store_kv",
 ]
 
@@ -198,6 +199,14 @@ def copy_blocks(
         return _with_layer(cache, 0, copied)
     arrays = (kernels.copy_blocks(array, sources, targets, implementation=implementation) for array in cache.arrays)
     return replace(cache, arrays=tuple(arrays))
+
+
+def scrub_blocks(cache: KVCache, block_ids: jax.Array) -> KVCache:
+    """Zeroes blocks i32[M] in all layers; N drops one. Donate the cache to have it in place."""
+    if cache.layout.kind is LayoutKind.LAYER_STACKED:
+        array, _ = layer_view(cache, 0)
+        return _with_layer(cache, 0, array.at[_in_all_layers(cache.layout, block_ids)].set(0, mode="drop"))
+    return replace(cache, arrays=tuple(array.at[block_ids].set(0, mode="drop") for array in cache.arrays))
 
 
 def _in_all_layers(layout: KVLayout, block_ids: jax.Array) -> jax.Array:

@@ -12,7 +12,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvbm_jax.hashing import HashAlgorithm, hash_bytes, hash_sequence
+from kvbm_jax.hashing import HashAlgorithm, Multimodal, hash_bytes, hash_sequence
 from kvbm_jax.protocols import BlockKey, BlockRecord, Tier
 
 __all__ = ["Block", "Hasher", "Sequence"]
@@ -30,11 +30,18 @@ class Hasher:
         tokens: ArrayLike,
         salt: str = "",
         lora_name: str | None = None,
+        multimodal: Multimodal = (),
         parent: NDArray[np.uint32] | None = None,
     ) -> NDArray[np.uint32]:
         """Hashes whole blocks, u32[M, 4]; see `kvbm_jax.hashing.hash_sequence`."""
         return hash_sequence(
-            tokens, self.block_size, algorithm=self.algorithm, salt=salt, lora_name=lora_name, parent=parent
+            tokens,
+            self.block_size,
+            algorithm=self.algorithm,
+            salt=salt,
+            lora_name=lora_name,
+            multimodal=multimodal,
+            parent=parent,
         )
 
 
@@ -78,6 +85,7 @@ class Sequence:
     hashes: NDArray[np.uint32] = field(repr=False)  # [M, 4], of whole blocks of `tokens`; see `hash_blocks`
     hasher: Hasher = field(repr=False)
     on_release: Callable[["Sequence"], None] = field(repr=False)
+    multimodal: Multimodal = ()  # (position in `tokens`, hash of the input that stands there)
     hits: Mapping[Tier, int] = field(default_factory=dict)  # the tokens of `num_cached` by the tier they were found in
     reuse: bool = True  # whether it finds and leaves cached blocks
     num_registered: int = 0  # blocks that others can find
@@ -86,11 +94,13 @@ class Sequence:
 
     def hash_blocks(self, count: int) -> NDArray[np.uint32]:
         """Returns the hashes of its first `count` whole blocks, u32[count, 4]."""
-        known = len(self.hashes)
+        known, size = len(self.hashes), self.hasher.block_size
         if known < count:
-            tail = self.tokens[known * self.hasher.block_size : count * self.hasher.block_size]
+            first, last = known * size, count * size
+            inputs = [(at - first, content) for at, content in self.multimodal if first <= at < last]
             parent = self.hashes[-1] if known else None
-            self.hashes = np.concatenate([self.hashes, self.hasher(tail, self.salt, self.lora_name, parent)])
+            tail = self.hasher(self.tokens[first:last], self.salt, self.lora_name, inputs, parent)
+            self.hashes = np.concatenate([self.hashes, tail])
         return self.hashes[:count]
 
     def record(self, index: int) -> BlockRecord:

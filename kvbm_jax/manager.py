@@ -32,13 +32,13 @@ from numpy.typing import NDArray
 
 from kvbm_jax import grants
 from kvbm_jax.block_pool import BlockCounts, BlockPool, EvictedBlocks
-from kvbm_jax.cache import KVCache, copy_blocks
+from kvbm_jax.cache import KVCache, copy_blocks, scrub_blocks
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_cache import DeviceCache
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Hasher, Sequence
-from kvbm_jax.hashing import check_tokens
+from kvbm_jax.hashing import Multimodal, check_tokens
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
 from kvbm_jax.offload import staging
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
@@ -156,6 +156,7 @@ class BlockManager:
         *,
         salt: str = "",
         lora_name: str | None = None,
+        multimodal: Multimodal = (),
         reuse: bool = True,
     ) -> Sequence:
         """Begins a sequence: finds its cached prefix, holds it, and allocates blocks for the rest of the prompt.
@@ -168,10 +169,11 @@ class BlockManager:
           tokens: the prompt, at least one token.
           salt: prefixes are shared within equal salts only.
           lora_name: adapter that the cache is computed with.
+          multimodal: images and the like: (position of a placeholder token, hash of the content) pairs.
           reuse: False for a sequence that neither finds cached blocks nor leaves any.
 
         Raises:
-          HashingError: if a token is no integer in [0, 2**32).
+          HashingError: if a token is no integer in [0, 2**32), or an input cannot be hashed.
           SequenceTooLongError: if the prompt is empty or longer than a sequence may be.
           OutOfBlocksError: if the prompt needs more blocks than are free or evictable.
           BlockStateError: if `max_sequences` are running.
@@ -183,7 +185,8 @@ class BlockManager:
             num_cached=0,
             salt=salt,
             lora_name=lora_name,
-            hashes=self._hasher(words, salt, lora_name),
+            hashes=self._hasher(words, salt, lora_name, multimodal),
+            multimodal=tuple(multimodal),
             hasher=self._hasher,
             on_release=self.release,
             reuse=reuse,
@@ -288,10 +291,15 @@ class BlockManager:
         self._update_gauges()
 
     def match(
-        self, tokens: abc.Sequence[int] | NDArray[np.integer], *, salt: str = "", lora_name: str | None = None
+        self,
+        tokens: abc.Sequence[int] | NDArray[np.integer],
+        *,
+        salt: str = "",
+        lora_name: str | None = None,
+        multimodal: Multimodal = (),
     ) -> int:
         """Returns how many leading tokens, in whole blocks, the device holds now; nothing is held for the caller."""
-        return self._book.match(self._hasher(tokens, salt, lora_name)) * self.layout.block_size
+        return self._book.match(self._hasher(tokens, salt, lora_name, multimodal)) * self.layout.block_size
 
     @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
@@ -522,8 +530,12 @@ class BlockManager:
     # Blocks outside sequences.
 
     @_whole
-    def allocate_blocks(self, count: int) -> list[Block]:
+    def allocate_blocks(self, count: int, *, scrub: bool = False) -> list[Block]:
         """Grants blocks that belong to no sequence.
+
+        Args:
+          count: how many.
+          scrub: zero them first; otherwise they hold what their last user left.
 
         Raises:
           OutOfBlocksError: if there are not as many free or evictable; none is granted then.
@@ -534,6 +546,8 @@ class BlockManager:
         begun = self._clock.monotonic_ns()
         block_ids, generations, evicted = self._book.allocate(count)
         self._observe_allocation(begun, evicted)
+        if scrub:
+            self._scrub(block_ids)
         return [
             Block(int(block), int(generation), self._book, self._free_if_current)
             for block, generation in zip(block_ids, generations, strict=True)
@@ -548,6 +562,15 @@ class BlockManager:
         """
         self._book.free(*self._columns(blocks))
         self._update_gauges()
+
+    def scrub(self) -> int:
+        """Zeroes every block that holds nothing, and returns how many: what tenants that are gone have left.
+
+        With `clear` before it, only what running sequences hold stays.
+        """
+        block_ids = self._book.reset_blocks()
+        self._scrub(block_ids)
+        return len(block_ids)
 
     def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
         """Writes one layer of a block: [C, T, H, D], keys then values.
@@ -692,6 +715,11 @@ class BlockManager:
         for seq in growing:
             seq.may_share_tail = False
 
+    def _scrub(self, block_ids: NDArray[np.int32]) -> None:
+        padded = np.full((self.layout.num_blocks,), self.layout.num_blocks, np.int32)
+        padded[: len(block_ids)] = block_ids
+        self.run(_scrub_blocks, padded)
+
     def _check_running(self, seq: Sequence) -> None:
         if self._running.get(seq.row) is not seq:
             raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
@@ -705,6 +733,12 @@ class BlockManager:
         counts = self._book.stats()
         self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
         self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scrub_blocks(cache: KVCache, block_ids: jax.Array) -> tuple[KVCache, None]:
+    """Zeroes blocks i32[N], padded with N; donates the cache."""
+    return scrub_blocks(cache, block_ids), None
 
 
 @functools.partial(jax.jit, donate_argnums=0)

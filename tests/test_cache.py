@@ -33,6 +33,7 @@ def verbs():
         "gather": jax.jit(kv_cache.gather_blocks),
         "scatter": jax.jit(kv_cache.scatter_blocks),
         "copy": jax.jit(kv_cache.copy_blocks),
+        "scrub": jax.jit(kv_cache.scrub_blocks, donate_argnums=0),
     }
 
 
@@ -156,6 +157,16 @@ def test_copies_read_before_they_write(kind, sources, targets):
         if target < N:
             expected[:, target] = old[:, source]
     np.testing.assert_array_equal(contents(cache), expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scrubbed_blocks_are_zero_in_every_layer_and_others_stay(kind):
+    cache, values = filled(kind)
+    pointers = [array.unsafe_buffer_pointer() for array in cache.arrays]
+    cache = verbs()["scrub"](cache, jnp.array([2, N, 0], jnp.int32))
+    values[:, [0, 2]] = 0
+    np.testing.assert_array_equal(contents(cache), values)
+    assert [array.unsafe_buffer_pointer() for array in cache.arrays] == pointers
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,13 +4,14 @@ import threading
 import time
 from concurrent.futures import Future
 
+import jax
 import numpy as np
 import pytest
 import synthetic
 from tiered import BLOCK_BYTES, SIZE, TierModel, View, check, make, prefill, serve, settle
 
 from kvbm_jax import invariants
-from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError
+from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, HashingError
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.metrics import InMemoryMetrics
@@ -174,6 +175,65 @@ def test_clear_forgets_all_tiers(tmp_path):
         assert {tier: stats.blocks for tier, stats in manager.tier_stats().items()} == {Tier.G2: 0, Tier.G3: 0}
         for first in (0, 1000, 2000, 3000):
             assert serve(manager, prompt(first, 6)) == {}
+
+
+# Tenants and inputs.
+
+
+def test_inputs_in_a_prompt_are_part_of_its_key_also_in_what_comes_later(tmp_path):
+    cat, dog = b"hash of a cat", b"hash of a dog"
+    with make(16, max_sequences=2) as manager:
+        tokens = prompt(0, 3, 2)
+        with manager.start(tokens, multimodal=[(5, cat), (13, cat)]) as seq:
+            prefill(manager, seq)
+            grow(manager, seq, [1, 2, 3])
+            assert manager.register(seq) == 4
+        longer = [*tokens, 1, 2, 3]
+        found = {
+            name: manager.match(longer, multimodal=inputs)
+            for name, inputs in {
+                "same": [(13, cat), (5, cat)],
+                "other in the tail": [(5, cat), (13, dog)],
+                "other": [(5, dog), (13, cat)],
+                "moved": [(6, cat), (13, cat)],
+                "none": [],
+            }.items()
+        }
+        assert found == {"same": 16, "other in the tail": 12, "other": 4, "moved": 4, "none": 4}
+        with pytest.raises(HashingError, match="position 14 is outside the 14 tokens"):
+            manager.start(tokens, multimodal=[(14, cat)])
+
+
+def test_what_one_tenant_writes_is_never_read_by_another(tmp_path):
+    """NaN in every block of one tenant, on the device and below: others find none of it under any key of theirs."""
+    with make(7, host_blocks=6, **disk(tmp_path)) as manager:
+        tokens = prompt(0, 6)
+        for salt in ("poisoner", "poisoner of the disk"):
+            with manager.start(tokens, salt=salt) as seq:
+                poison(manager)
+                manager.register(seq)
+        for options in ({}, {"salt": "victim"}, {"lora_name": "poisoner"}, {"salt": "poisoner", "lora_name": "x"}):
+            assert serve(manager, tokens, **options) == {}
+        with manager.start(tokens, salt="poisoner") as seq:
+            assert seq.num_cached == 24  # its own, from below
+        assert manager.clear() == 6
+        assert manager.scrub() == 7
+        assert not any(np.asarray(array).any() for array in manager.cache.arrays)
+
+
+def test_blocks_are_granted_clean_if_asked():
+    with make(4) as manager:
+        poison(manager)
+        dirty = manager.allocate_blocks(1)[0]
+        clean = manager.allocate_blocks(1, scrub=True)[0]
+        assert np.isnan(np.asarray(manager.load_kv(dirty, 1))).all()
+        assert not np.asarray(manager.load_kv(clean, 1)).any()
+        assert not np.asarray(manager.load_kv(clean, 0)).any()
+
+
+def poison(manager):
+    """Overwrites the whole cache."""
+    manager.run(lambda cache: (jax.tree.map(lambda array: array * 0 + np.nan, cache), None))
 
 
 # Sequences that branch, roll back and come again.
