@@ -8,8 +8,9 @@ are played afterwards, from the hits and evictions that the loop reports.
 
 import dataclasses
 import functools
+import itertools
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -29,6 +30,13 @@ __all__ = ["ReplayResult", "replay", "replay_requests"]
 _REQUESTS_PER_CALL = 64
 _MIN_WIDTH = 32
 _WIDTH_STEP = 8
+
+type Progress = Callable[[int, int], object]
+"""Is told how much is done, and of how much."""
+
+
+def _silent(done: int, total: int) -> None:
+    """Tells nobody."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,11 +62,12 @@ class ReplayResult:
 
 @dataclasses.dataclass(frozen=True)
 class _Batch:
-    """Requests of one call: ids u64[64, width], how many ids each has, i32[64], and how many rows are requests."""
+    """Requests of one call."""
 
-    ids: np.ndarray
-    counts: np.ndarray
-    requests: int
+    ids: np.ndarray  # u64[64, width]
+    files: np.ndarray  # u32[64]: the file of each request
+    counts: np.ndarray  # i32[64]: how many ids each has
+    requests: int  # how many rows are requests
 
 
 @dataclasses.dataclass
@@ -71,16 +80,25 @@ class _Totals:
 
 
 def replay(
-    paths: Sequence[Path], num_blocks: int, *, host_blocks: int = 0, disk_blocks: int = 0, limit: int | None = None
+    paths: Sequence[Path],
+    num_blocks: int,
+    *,
+    host_blocks: int = 0,
+    disk_blocks: int = 0,
+    limit: int | None = None,
+    shared_ids: bool = False,
+    progress: Progress = _silent,
 ) -> ReplayResult:
     """Replays trace files, in order, as one stream of requests.
 
     Args:
-      paths: the files; equal ids in two files mean the same block.
+      paths: the files.
       num_blocks: blocks of the pool.
       host_blocks: blocks of tier G2, 0 for none.
       disk_blocks: blocks of tier G3, 0 for none.
       limit: stop after this many requests in all.
+      shared_ids: whether equal ids in two files mean the same block.
+      progress: is told how many requests have been replayed, and of how many.
 
     Raises:
       ConfigError: if a size or `limit` is out of range.
@@ -89,16 +107,34 @@ def replay(
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1")
     requests: list[np.ndarray] = []
-    for path in paths:
+    files: list[int] = []
+    for number, path in enumerate(paths):
         left = None if limit is None else limit - len(requests)
         requests.extend(traces.read(path, limit=left))
-    return replay_requests(requests, num_blocks, host_blocks=host_blocks, disk_blocks=disk_blocks)
+        files += [0 if shared_ids else number] * (len(requests) - len(files))
+    return replay_requests(
+        requests, num_blocks, files=files, host_blocks=host_blocks, disk_blocks=disk_blocks, progress=progress
+    )
 
 
 def replay_requests(
-    requests: Sequence[np.ndarray], num_blocks: int, *, host_blocks: int = 0, disk_blocks: int = 0
+    requests: Sequence[np.ndarray],
+    num_blocks: int,
+    *,
+    files: Sequence[int] | None = None,
+    host_blocks: int = 0,
+    disk_blocks: int = 0,
+    progress: Progress = _silent,
 ) -> ReplayResult:
     """Replays requests given as arrays of prefix-chained ids, u64[blocks] each.
+
+    Args:
+      requests: the ids of each request.
+      num_blocks: blocks of the pool.
+      files: a number for each request; ids are compared within equal numbers only. None: with all.
+      host_blocks: blocks of tier G2, 0 for none.
+      disk_blocks: blocks of tier G3, 0 for none.
+      progress: is told how many requests have been replayed, and of how many.
 
     Raises:
       ConfigError: if `num_blocks` is not positive, or the size of a tier negative.
@@ -108,17 +144,22 @@ def replay_requests(
     for name, blocks in (("host_blocks", host_blocks), ("disk_blocks", disk_blocks)):
         if blocks < 0:
             raise ConfigError(f"{name} is {blocks}; it must be at least 0")
-    tiers = VictimTiers[int]([(Tier.G2, host_blocks), (Tier.G3, disk_blocks)]) if host_blocks or disk_blocks else None
+    tiers = (
+        VictimTiers[tuple[int, int]]([(Tier.G2, host_blocks), (Tier.G3, disk_blocks)])
+        if host_blocks or disk_blocks
+        else None
+    )
     totals = _Totals(dict.fromkeys((Tier.G1, Tier.G2, Tier.G3), 0))
     with jax.default_device(cpu_device()):
         state = pool.init(num_blocks)
         room = int(pool.release_room(state))
         # After a compaction the queue may hold all of the pool, so a batch must fit what is left then.
-        batches = list(_batches(requests, num_blocks, room - num_blocks))
+        numbered = zip(requests, itertools.repeat(0) if files is None else files, strict=files is not None)
+        batches = list(_batches(numbered, num_blocks, room - num_blocks))
         run = functools.partial(_run, with_evicted=tiers is not None)
         for width in sorted({batch.ids.shape[1] for batch in batches}):
             empty = _pad([], width)
-            jax.device_get(run(_compact(pool.init(num_blocks)), _split(empty.ids), empty.counts, 0)[1])
+            jax.device_get(run(_compact(pool.init(num_blocks)), _split(empty), empty.counts, 0)[1])
 
         start = time.perf_counter()
         done = []
@@ -128,10 +169,13 @@ def replay_requests(
                 state = _compact(state)
                 room = int(pool.release_room(state))
             room -= pushes
-            state, report = run(state, _split(batch.ids), batch.counts, batch.requests)
+            state, report = run(state, _split(batch), batch.counts, batch.requests)
             done.append((batch, report))
+        replayed = 0
         for batch, report in done:
             _add(totals, batch, jax.device_get(report), tiers)
+            replayed += batch.requests
+            progress(replayed, len(requests))
         seconds = time.perf_counter() - start
     held = int(pool.stats(state).held)
     if held:
@@ -150,18 +194,18 @@ def replay_requests(
     )
 
 
-def _add(totals: _Totals, batch: _Batch, report: "_Report", tiers: VictimTiers[int] | None) -> None:
+def _add(totals: _Totals, batch: _Batch, report: "_Report", tiers: VictimTiers[tuple[int, int]] | None) -> None:
     """Adds a batch to the totals, and plays it through the lower tiers."""
     totals.hits[Tier.G1] += int(report.hits.sum())
     totals.evictions += int(report.evictions.sum())
     totals.rejected += int(report.rejected.sum())
     if tiers is None:
         return
-    evicted_ids = np.ascontiguousarray(report.evicted).view("<u8")[..., 0]
+    evicted_ids = np.ascontiguousarray(report.evicted[..., :2]).view("<u8")[..., 0]
     for row in range(batch.requests):
         hits = int(report.hits[row])
         below = []
-        for key in batch.ids[row, hits : batch.counts[row]].tolist():
+        for key in zip(itertools.repeat(int(batch.files[row])), batch.ids[row, hits : batch.counts[row]].tolist()):
             tier = tiers.locate(key)
             if tier is None:
                 break
@@ -169,21 +213,22 @@ def _add(totals: _Totals, batch: _Batch, report: "_Report", tiers: VictimTiers[i
         for key, tier in below:
             tiers.touch(key, tier)
             totals.hits[tier] += 1
-        for key in evicted_ids[row, : report.evictions[row]].tolist():
+        gone = slice(report.evictions[row])
+        for key in zip(report.evicted[row, gone, 2].tolist(), evicted_ids[row, gone].tolist(), strict=True):
             tiers.offer(key)
 
 
-def _batches(requests: Iterable[np.ndarray], num_blocks: int, room: int) -> Iterator[_Batch]:
+def _batches(requests: Iterable[tuple[np.ndarray, int]], num_blocks: int, room: int) -> Iterator[_Batch]:
     """Cuts the stream into runs of requests of one padded width that fit the room of the inactive queue."""
-    run: list[np.ndarray] = []
+    run: list[tuple[np.ndarray, int]] = []
     width = pushes = 0
-    for ids in requests:
+    for ids, file in requests:
         wanted = _width(len(ids))
         may_push = min(len(ids), num_blocks)
         if run and (wanted != width or len(run) == _REQUESTS_PER_CALL or pushes + may_push > room):
             yield _pad(run, width)
             run, pushes = [], 0
-        run.append(ids)
+        run.append((ids, file))
         width, pushes = wanted, pushes + may_push
     if run:
         yield _pad(run, width)
@@ -196,19 +241,22 @@ def _width(count: int) -> int:
     return width
 
 
-def _pad(run: Sequence[np.ndarray], width: int) -> _Batch:
+def _pad(run: Sequence[tuple[np.ndarray, int]], width: int) -> _Batch:
     ids = np.zeros((_REQUESTS_PER_CALL, width), np.uint64)
+    files = np.zeros((_REQUESTS_PER_CALL,), np.uint32)
     counts = np.zeros((_REQUESTS_PER_CALL,), np.int32)
-    for row, request in enumerate(run):
+    for row, (request, file) in enumerate(run):
         ids[row, : len(request)] = request
+        files[row] = file
         counts[row] = len(request)
-    return _Batch(ids, counts, len(run))
+    return _Batch(ids, files, counts, len(run))
 
 
-def _split(ids: np.ndarray) -> np.ndarray:
-    """Ids u64[...] as 128-bit hashes u32[..., 4]."""
-    words = ids.astype("<u8").view("<u4").reshape(*ids.shape, 2)
-    return np.concatenate([words, np.zeros_like(words)], axis=-1)
+def _split(batch: _Batch) -> np.ndarray:
+    """The ids as 128-bit hashes u32[64, width, 4]: low and high word of the id, its file, 0."""
+    words = batch.ids.astype("<u8").view("<u4").reshape(*batch.ids.shape, 2)
+    files = np.broadcast_to(batch.files[:, None, None], (*batch.ids.shape, 1))
+    return np.concatenate([words, files, np.zeros_like(files)], axis=-1)
 
 
 _compact = jax.jit(pool.compact, donate_argnums=0)
@@ -220,7 +268,7 @@ class _Report(NamedTuple):
     hits: jax.Array  # i32[64]
     evictions: jax.Array  # i32[64]
     rejected: jax.Array  # i32[64]
-    evicted: jax.Array  # u32[64, width, 2]: ids in order of eviction, or u32[64, 0, 2] if nobody asks
+    evicted: jax.Array  # u32[64, width, 3]: hashes in order of eviction, or u32[64, 0, 3] if nobody asks
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="with_evicted")
@@ -230,7 +278,7 @@ def _run(
     """Replays the first `requests` rows of hashes u32[64, width, 4]; donates the state."""
     rows, width = hashes.shape[:2]
     zeros = jnp.zeros((rows,), jnp.int32)
-    report = _Report(zeros, zeros, zeros, jnp.zeros((rows, width if with_evicted else 0, 2), jnp.uint32))
+    report = _Report(zeros, zeros, zeros, jnp.zeros((rows, width if with_evicted else 0, 3), jnp.uint32))
 
     def body(row: jax.Array, carry: tuple[pool.PoolState, _Report]) -> tuple[pool.PoolState, _Report]:
         state, report = carry
@@ -239,7 +287,7 @@ def _run(
             report.hits.at[row].set(hits),
             report.evictions.at[row].set(grant.evicted.num_blocks),
             report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
-            report.evicted.at[row].set(grant.evicted.hashes[:, :2]) if with_evicted else report.evicted,
+            report.evicted.at[row].set(grant.evicted.hashes[:, :3]) if with_evicted else report.evicted,
         )
 
     state, report = jax.lax.fori_loop(0, requests, body, (state, report))

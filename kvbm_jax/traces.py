@@ -3,11 +3,15 @@
     {"timestamp": 0, "input_length": 6758, "output_length": 500, "hash_ids": [0, 1, 2, ...]}
 
 Only `hash_ids` matters to a replay: one id for each block of the input, prefix-chained, so that an equal id means an
-equal whole prefix. Nothing is assumed about the size of a block or the range of the ids.
+equal whole prefix. Nothing is assumed about the size of a block or the range of the ids. Files may be gzipped, whatever
+their name.
 """
 
 import codecs
+import gzip
+import zlib
 from collections.abc import Iterator
+from io import BufferedIOBase
 from pathlib import Path
 
 import msgspec
@@ -18,6 +22,7 @@ from kvbm_jax.errors import TraceError
 __all__ = ["Request", "read"]
 
 _MAX_ID = 2**64 - 1
+_GZIP = b"\x1f\x8b"
 
 
 class Request(msgspec.Struct, frozen=True):
@@ -33,7 +38,7 @@ def read(path: Path, *, limit: int | None = None) -> Iterator[np.ndarray]:
     """Yields the ids of each request, u64[blocks].
 
     Args:
-      path: a file of JSON lines.
+      path: a file of JSON lines, plain or gzipped.
       limit: stop after this many requests.
 
     Raises:
@@ -42,7 +47,7 @@ def read(path: Path, *, limit: int | None = None) -> Iterator[np.ndarray]:
     decoder = msgspec.json.Decoder(Request)
     count = 0
     try:
-        with path.open("rb") as file:
+        with _open(path) as file:
             for number, line in enumerate(file, start=1):
                 if limit is not None and count >= limit:
                     return
@@ -51,8 +56,15 @@ def read(path: Path, *, limit: int | None = None) -> Iterator[np.ndarray]:
                     continue
                 yield _ids(decoder, text, path, number)
                 count += 1
-    except OSError as error:
-        raise TraceError(f"cannot read the trace {path}: {error.strerror or error}") from error
+    except (OSError, EOFError, zlib.error) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise TraceError(f"cannot read the trace {path}: {reason}") from error
+
+
+def _open(path: Path) -> BufferedIOBase:
+    with path.open("rb") as file:
+        zipped = file.read(len(_GZIP)) == _GZIP
+    return gzip.open(path) if zipped else path.open("rb")
 
 
 def _ids(decoder: msgspec.json.Decoder[Request], line: bytes, path: Path, number: int) -> np.ndarray:

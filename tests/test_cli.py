@@ -64,7 +64,10 @@ def test_replay_counts_as_the_rule_says(capsys, trace):
 
 
 def test_replay_of_several_traces_with_a_limit(capsys, trace):
-    _, found = call_json(capsys, "replay", str(trace), str(trace), "--num-blocks", "8", "--limit", "6")
+    arguments = ("replay", str(trace), str(trace), "--num-blocks", "8", "--limit", "6")
+    _, apart = call_json(capsys, *arguments)
+    assert (apart["requests"], apart["hits"]["g1"]) == (6, 5)
+    _, found = call_json(capsys, *arguments, "--shared-ids")
     assert (found["requests"], found["hits"]["g1"]) == (6, 8)
 
 

@@ -1,5 +1,6 @@
 """Replays against the oracle, on synthetic traces and on the conversation trace."""
 
+import gzip
 import os
 from pathlib import Path
 
@@ -111,11 +112,44 @@ def test_files_are_one_stream_and_the_limit_counts_over_all(tmp_path):
     files = [write(tmp_path / "a.jsonl", requests[:30]), write(tmp_path / "b.jsonl", requests[30:])]
     for limit in (None, 10, 30, 31, 99):
         part = requests[:limit]
-        result = replay(files, 60, limit=limit)
+        result = replay(files, 60, limit=limit, shared_ids=True)
         assert result.requests == len(part)
         assert (result.hits["g1"], result.evictions, result.rejected) == expected(part, 60)
+        apart = [[(n < 30, i) for i in ids] for n, ids in enumerate(part)]
+        result = replay(files, 60, limit=limit)
+        assert (result.hits["g1"], result.evictions, result.rejected) == expected(apart, 60)
     with pytest.raises(ConfigError, match="limit is 0"):
         replay(files, 60, limit=0)
+
+
+@pytest.mark.core
+def test_ids_of_different_files_do_not_meet_in_lower_tiers_either(tmp_path):
+    ids = list(range(8))
+    files = [write(tmp_path / name, [ids]) for name in ("a.jsonl", "b.jsonl", "c.jsonl")]
+    files.append(files[0])
+    apart = replay(files, 8, host_blocks=8, disk_blocks=30)
+    assert apart.hits == {"g1": 0, "g2": 0, "g3": 0}
+    together = replay(files, 8, host_blocks=8, disk_blocks=30, shared_ids=True)
+    assert together.hits == {"g1": 24, "g2": 0, "g3": 0}
+    again = replay([files[0], files[1]], 8, host_blocks=8)
+    assert again.evictions == 8
+
+
+@pytest.mark.core
+def test_a_gzipped_trace_is_read_whatever_its_name(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    path.write_bytes(gzip.compress(b'{"hash_ids": [1, 2]}\n{"hash_ids": [3]}\n'))
+    assert [ids.tolist() for ids in traces.read(path)] == [[1, 2], [3]]
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(TraceError, match=r"cannot read the trace .*trace\.jsonl"):
+        list(traces.read(path))
+
+
+@pytest.mark.core
+def test_progress_is_told():
+    told = []
+    replay_requests(as_arrays([[1, 2]] * 150), 8, progress=lambda done, total: told.append((done, total)))
+    assert told == [(64, 150), (128, 150), (150, 150)]
 
 
 @pytest.mark.core

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from kvbm_jax.cli.arguments import at_least
-from kvbm_jax.cli.report import Report, table
+from kvbm_jax.cli.report import Report, show_progress, table
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -14,11 +14,16 @@ SUMMARY = "replay traces against the pool and count what its cache would have fo
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the command's arguments."""
     count, positive = at_least(0), at_least(1)
-    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, replayed in order as one")
+    parser.add_argument("traces", nargs="+", type=Path, metavar="TRACE", help="trace files, plain or gzipped, in order")
     parser.add_argument("--num-blocks", type=positive, required=True, metavar="N", help="blocks of the pool")
     parser.add_argument("--host-blocks", type=count, default=0, metavar="N", help="blocks of tier G2 (default none)")
     parser.add_argument("--disk-blocks", type=count, default=0, metavar="N", help="blocks of tier G3 (default none)")
     parser.add_argument("--limit", type=positive, metavar="R", help="stop after this many requests")
+    parser.add_argument(
+        "--shared-ids",
+        action="store_true",
+        help="equal ids in different files mean the same block (default: they do not)",
+    )
 
 
 def run(args: argparse.Namespace) -> Report:
@@ -31,7 +36,10 @@ def run(args: argparse.Namespace) -> Report:
         host_blocks=args.host_blocks,
         disk_blocks=args.disk_blocks,
         limit=args.limit,
+        shared_ids=args.shared_ids,
+        progress=lambda done, total: show_progress(f"{done:,} of {total:,} requests"),
     )
+    show_progress("")
     data = result.as_dict()
     rows = []
     for name, value in data.items():

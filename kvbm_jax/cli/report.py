@@ -2,10 +2,11 @@
 
 import dataclasses
 import json
+import sys
 from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Report", "table"]
+__all__ = ["Report", "show_progress", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,3 +27,9 @@ def table(rows: Iterable[tuple[str, object]]) -> str:
     pairs = [(name, str(value)) for name, value in rows]
     width = max((len(name) for name, _ in pairs), default=0)
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in pairs)
+
+
+def show_progress(text: str) -> None:
+    """Shows what is under way in place of what was shown before, to a person only."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
