@@ -40,6 +40,7 @@ from kvbm_jax.types import Status
 
 __all__ = [
     "AllocateResult",
+    "DrawResult",
     "Evicted",
     "MatchResult",
     "PoolState",
@@ -50,6 +51,7 @@ __all__ = [
     "check_generations",
     "clear",
     "compact",
+    "draw",
     "evict",
     "init",
     "is_shared",
@@ -102,6 +104,15 @@ class AllocateResult(NamedTuple):
 
     block_ids: jax.Array  # i32[B, M], padded with N
     status: jax.Array  # i32[B]
+    evicted: Evicted
+
+
+class DrawResult(NamedTuple):
+    """Blocks granted to rows one after the other."""
+
+    block_ids: jax.Array  # i32[F] in the order of granting, padded with N
+    first: jax.Array  # i32[B]: where each row's blocks begin among them
+    granted: jax.Array  # bool[B]
     evicted: Evicted
 
 
@@ -220,29 +231,46 @@ def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[P
       order, which are reported as evicted.
     """
     _check_ids("counts", counts, "[B]")
-    rows = counts.shape[0]
     valid = (counts >= 0) & (counts <= max_blocks)
-    ends = jnp.cumsum(jnp.where(valid, counts, 0), dtype=jnp.int32)
-    fits = ends <= state.num_reset + state.inactive.size
-    granted = valid & fits
-    total = jnp.max(jnp.where(granted, ends, 0))
+    counts = jnp.where(valid, counts, 0)
+    state, drawn = draw(state, counts, max_count=counts.shape[0] * max_blocks)
+    column = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
+    blocks = drawn.block_ids.at[drawn.first[:, None] + column].get(mode="fill", fill_value=state.num_blocks)
+    blocks = jnp.where(drawn.granted[:, None] & (column < counts[:, None]), blocks, state.num_blocks)
+    status = jnp.where(drawn.granted, Status.OK, Status.OUT_OF_BLOCKS)
+    status = jnp.where(valid, status, Status.INVALID_COUNT).astype(jnp.int32)
+    return state, AllocateResult(blocks, status, drawn.evicted)
+
+
+def draw(state: PoolState, counts: jax.Array, *, max_count: int) -> tuple[PoolState, DrawResult]:
+    """Grants blocks like `allocate`, as one list: for rows whose maxima differ.
+
+    Args:
+      state: the pool.
+      counts: i32[B], blocks wanted by each row.
+      max_count: static F, the most that all rows together may want.
+
+    Returns:
+      The pool and the blocks, held once each.
+    """
+    _check_ids("counts", counts, "[B]")
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    granted = ends <= state.num_reset + state.inactive.size
+    total = jnp.max(jnp.where(granted, ends, 0), initial=0)
     from_reset = jnp.minimum(total, state.num_reset)
 
-    state, evicted = _evict(state, total - from_reset, max_count=rows * max_blocks)
-    column = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
-    nth = (ends - jnp.where(valid, counts, 0))[:, None] + column
-    mine = granted[:, None] & (column < counts[:, None])
+    state, evicted = _evict(state, total - from_reset, max_count=max_count)
+    nth = jnp.arange(max_count, dtype=jnp.int32)
     stacked = state.reset_stack.at[state.num_reset - 1 - nth].get(mode="clip")
     taken = evicted.block_ids.at[nth - from_reset].get(mode="clip")
-    blocks = jnp.where(mine, jnp.where(nth < from_reset, stacked, taken), state.num_blocks)
+    blocks = jnp.where(nth < total, jnp.where(nth < from_reset, stacked, taken), state.num_blocks)
     state = replace(
         state,
         ref_counts=state.ref_counts.at[blocks].set(1, mode="drop"),
         generations=state.generations.at[blocks].add(1, mode="drop"),
         num_reset=state.num_reset - from_reset,
     )
-    status = jnp.where(valid, jnp.where(fits, Status.OK, Status.OUT_OF_BLOCKS), Status.INVALID_COUNT)
-    return _seal(state, AllocateResult(blocks, status.astype(jnp.int32), evicted))
+    return _seal(state, DrawResult(blocks, ends - counts, granted, evicted))
 
 
 def register(

@@ -44,11 +44,13 @@ __all__ = [
     "extend",
     "fork",
     "init",
+    "last_first",
     "register",
     "release",
     "rewind",
     "slots",
     "start",
+    "tails",
     "trim",
     "unshare",
 ]
@@ -183,7 +185,7 @@ def start(
     state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width)
     granted = begun & (grant.status == Status.OK)
     refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
-    state, _ = pool.release(state, _last_first(refused))
+    state, _ = pool.release(state, last_first(refused))
 
     column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
     group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
@@ -224,7 +226,8 @@ def extend(
     lengths = sequences.lengths + num_tokens
     needed = blocks_for(lengths, sequences.block_size)
     wide = needed <= width
-    _, shared = _tails(state, sequences, num_tokens != 0)
+    row = jnp.arange(batch, dtype=jnp.int32)
+    _, shared = tails(state, sequences, jnp.where(num_tokens != 0, row, batch))
     private = ~jnp.any(shared, axis=1)
     fresh = jnp.where(wide & private, jnp.maximum(needed - sequences.num_blocks, 0), 0)
     fits = (fresh <= max_blocks) & (num_tokens >= 0)
@@ -314,7 +317,7 @@ def release(
     """
     batch = sequences.block_tables.shape[1]
     tables = sequences.block_tables.at[:, rows].get(mode="fill", fill_value=sequences.pool_blocks)
-    state, status = pool.release(state, _last_first(tables.transpose(1, 0, 2)))
+    state, status = pool.release(state, last_first(tables.transpose(1, 0, 2)))
     done = jnp.where(status == Status.QUEUE_FULL, batch, rows)
     old, done = fence((sequences.block_tables, done))
     sequences = replace(
@@ -379,13 +382,14 @@ def unshare(
       nothing happens (QUEUE_FULL).
     """
     groups, batch, width = sequences.block_tables.shape
-    tails, shared = _tails(state, sequences, mask)
+    rows = jnp.where(mask, jnp.arange(batch, dtype=jnp.int32), batch)
+    last, shared = tails(state, sequences, rows)
     needs = jnp.any(shared, axis=1)
     room = groups * jnp.sum(needs, dtype=jnp.int32) <= pool.release_room(state)
     needs = needs & room
     state, grant = pool.allocate(state, jnp.where(needs, groups, 0), max_blocks=groups)
     done = needs & (grant.status == Status.OK)
-    sources = jnp.where(done[:, None], tails, sequences.pool_blocks)
+    sources = jnp.where(done[:, None], last, sequences.pool_blocks)
     targets = jnp.where(done[:, None], grant.block_ids, sequences.pool_blocks)
     state, _ = pool.release(state, sources)
     place = jnp.where(done, sequences.lengths // sequences.block_size, width)
@@ -421,7 +425,7 @@ def trim(
     place = jnp.where(valid[:, None] & (nth < surplus[:, None]), kept[:, None] + nth, width)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
     blocks = sequences.block_tables.at[:, row, place].get(mode="fill", fill_value=sequences.pool_blocks)
-    state, released = pool.release(state, _last_first(blocks.transpose(1, 0, 2)))
+    state, released = pool.release(state, last_first(blocks.transpose(1, 0, 2)))
     done = valid & (released != Status.QUEUE_FULL)
     place = jnp.where(done[:, None], place, width)
     old, place = fence((sequences.block_tables, place))
@@ -469,19 +473,22 @@ def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> ja
     return jnp.where(blocks < sequences.pool_blocks, blocks * size + (positions % size)[None, :], padding)
 
 
-def _tails(state: pool.PoolState, sequences: SequenceBatch, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Finds the blocks that the next token of masked rows goes into, where the table has them already.
+def tails(state: pool.PoolState, sequences: SequenceBatch, rows: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finds the blocks that the next token of each row goes into, where the table has them already.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      rows: i32[R], B for padding.
 
     Returns:
-      i32[B, G] blocks, padded with N, and bool[B, G]: others hold or can find them.
+      i32[R, G] blocks, padded with N, and bool[R, G]: others hold or can find them, so that they must not be written.
     """
-    batch = sequences.block_tables.shape[1]
-    row = jnp.where(mask, jnp.arange(batch, dtype=jnp.int32), batch)
-    place = sequences.lengths // sequences.block_size
-    tails = sequences.block_tables.at[:, row, place].get(mode="fill", fill_value=sequences.pool_blocks).T
-    return tails, pool.is_shared(state, tails)
+    place = sequences.lengths.at[rows].get(mode="fill", fill_value=0) // sequences.block_size
+    blocks = sequences.block_tables.at[:, rows, place].get(mode="fill", fill_value=sequences.pool_blocks).T
+    return blocks, pool.is_shared(state, blocks)
 
 
-def _last_first(tables: jax.Array) -> jax.Array:
+def last_first(tables: jax.Array) -> jax.Array:
     """Lays tables i32[R, G, W] out as rows i32[R, W * G], so that releasing them ends all groups tail by tail."""
     return tables.transpose(0, 2, 1).reshape(tables.shape[0], -1)

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvbm_jax import attention, grants, invariants, pool, sequences
+from kvbm_jax import attention, grants, invariants, pool, sequences, step
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.layout import KVLayout, LayoutKind
 
@@ -142,7 +142,7 @@ def test_temporaries_do_not_grow_with_the_pool(name):
     assert sizes[1] - sizes[0] <= (16 * 4 * groups if name == "allocate" else 256)
 
 
-def step(state, wanted, tokens):
+def turn(state, wanted, tokens):
     state, grant = pool.allocate(state, wanted, max_blocks=WIDTH)
     state, registered = pool.register(state, grant.block_ids, tokens)
     state, status = pool.release(state, registered.block_ids)
@@ -151,7 +151,7 @@ def step(state, wanted, tokens):
 
 def test_a_scan_of_allocate_register_and_release_works_in_place():
     wanted, tokens = jnp.stack([counts()] * 5), hashes((5, ROWS, WIDTH)).reshape(5, ROWS, WIDTH, 4)
-    check(lambda state, *xs: jax.lax.scan(lambda s, x: step(s, *x), state, xs), fresh(used_pool()), wanted, tokens)
+    check(lambda state, *xs: jax.lax.scan(lambda s, x: turn(s, *x), state, xs), fresh(used_pool()), wanted, tokens)
 
 
 # --- sequences and grants
@@ -201,6 +201,31 @@ def give_back(both, grant):
     return (grants.give_back(both[0], grant), both[1]), ()
 
 
+def a_step(both, plan):
+    state, batch, result = step.step(*both, plan)
+    return (state, batch), result
+
+
+def a_plan():
+    named = hashes()
+    return step.StepPlan(
+        ending=ROW_IDS + 4,
+        starting=ROW_IDS,
+        hashes=named,
+        num_hashes=counts(),
+        num_tokens=counts(100, 100, 100, 0),
+        growing=ROW_IDS + 8,
+        new_tokens=counts(),
+        complete_rows=ROW_IDS + 8,
+        complete_places=counts(0, 0, 0, 0),
+        complete_hashes=named[0, :ROWS],
+    )
+
+
+def steps(both, plans):
+    return jax.lax.scan(a_step, both, plans)
+
+
 def a_grant():
     return grants.Grant(ids((32,)), jnp.int32(2), jnp.int32(9), jnp.int32(0))
 
@@ -213,6 +238,8 @@ SEQUENCES = {
     "reserve": (reserve, jnp.int32(20)),
     "commit": (commit, a_grant(), ROW_IDS, hashes(), counts(0, 0, 0, 0), counts()),
     "give_back": (give_back, a_grant()),
+    "step": (a_step, a_plan()),
+    "scan of steps": (steps, jax.tree.map(lambda leaf: jnp.stack([leaf] * 3), a_plan())),
 }
 
 

@@ -105,26 +105,30 @@ class Model:
         self._release(prefixes)
         return cached, status
 
-    def extend(self, num_tokens):
-        needed = [-(-(self.lengths[b] + num_tokens[b]) // T) for b in range(B)]
-        fresh = [max(needed[b] - len(self.tables[0][b]), 0) for b in range(B)]
+    def extend(self, num_tokens, order=range(B), *, full=False):
+        """Rows in the given order, `num_tokens[i]` for the i-th; nothing is left for any of them if `full`."""
+        needed = [-(-(self.lengths[b] + n) // T) for b, n in zip(order, num_tokens, strict=True)]
+        fresh = [max(need - len(self.tables[0][b]), 0) for b, need in zip(order, needed, strict=True)]
         bad = [
             Status.TABLE_FULL
-            if needed[b] > W
+            if needed[i] > W
             else Status.SHARED_TAIL
-            if num_tokens[b] and self.is_shared(b)
+            if num_tokens[i] and self.is_shared(b)
             else Status.INVALID_COUNT
-            if fresh[b] > MAX_BLOCKS or num_tokens[b] < 0
+            if fresh[i] > MAX_BLOCKS or num_tokens[i] < 0
             else OK
-            for b in range(B)
+            for i, b in enumerate(order)
         ]
-        granted, status, _ = self.pool.allocate([0 if bad[b] else self.groups * fresh[b] for b in range(B)])
-        for b in range(B):
-            status[b] = bad[b] or status[b]
-            if status[b] == OK:
+        counts = [0 if fault else self.groups * count for fault, count in zip(bad, fresh, strict=True)]
+        if full:
+            return [fault or Status.OUT_OF_BLOCKS for fault in bad]
+        granted, status, _ = self.pool.allocate(counts)
+        for i, b in enumerate(order):
+            status[i] = bad[i] or status[i]
+            if status[i] == OK:
                 for g in range(self.groups):
-                    self.tables[g][b] += granted[b][g * fresh[b] : (g + 1) * fresh[b]]
-                self.lengths[b] += num_tokens[b]
+                    self.tables[g][b] += granted[i][g * fresh[i] : (g + 1) * fresh[i]]
+                self.lengths[b] += num_tokens[i]
         return status
 
     def is_shared(self, row):

@@ -1,0 +1,238 @@
+"""The bookkeeping of one scheduler step as one call: what ends, begins, grows and is complete, for the whole batch.
+
+A server calls it once a step, jitted with pool and batch donated, or from within its own compiled step. It goes phase
+by phase, rows in order within a phase:
+
+    release     sequences that ended give everything back
+    match       new ones find and hold their longest cached prefix
+    allocate    new ones, then those that grow, get blocks, until the first that does not fit
+    register    completed blocks become findable: by the next call, not by this one
+
+A plan has static sizes and says what is to be done as data: one compiled program serves every step of a server. Sizes
+cost time; a server keeps a few and pads to the next. Nothing in it depends on data: no `while`, no `cond`, no callback.
+
+Axes: G groups, B rows of the batch, W blocks of a table, T tokens of a block, N blocks of the pool, E rows that end,
+R rows that begin, M hashes of such a row, X rows that grow, P completed blocks, F blocks that may be evicted.
+"""
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import pool, sequences
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.ordering import fence
+from kvbm_jax.types import Status
+
+__all__ = ["StepPlan", "StepResult", "step"]
+
+
+class StepPlan(NamedTuple):
+    """What one step does. Rows are padded with B; no row is named twice in one field."""
+
+    ending: jax.Array  # i32[E]: rows whose sequences have ended
+    starting: jax.Array  # i32[R]: rows that begin; empty, or among `ending`
+    hashes: jax.Array  # u32[R, M, 4]: sequence hashes of each prompt's whole blocks, M at most W
+    num_hashes: jax.Array  # i32[R]: how many of them may match, at most (num_tokens - 1) // T
+    num_tokens: jax.Array  # i32[R]: tokens of each prompt; 0 for padding
+    growing: jax.Array  # i32[X]: running rows that need slots for new tokens, in the order of their claim to blocks
+    new_tokens: jax.Array  # i32[X]: how many
+    complete_rows: jax.Array  # i32[P]: row of each completed block
+    complete_places: jax.Array  # i32[P]: its index in the row's table
+    complete_hashes: jax.Array  # u32[P, 4]: its sequence hash
+
+
+class StepResult(NamedTuple):
+    """Outcome of a step."""
+
+    num_cached: jax.Array  # i32[R]: tokens whose keys and values are in the cache already
+    start_status: jax.Array  # i32[R]: OK, OUT_OF_BLOCKS, TABLE_FULL; QUEUE_FULL: the step did nothing
+    grow_status: jax.Array  # i32[X]: the same, SHARED_TAIL and INVALID_COUNT
+    registered: jax.Array  # bool[G, P]: newly findable
+    register_status: jax.Array  # i32[G, P]
+    evicted: pool.Evicted  # F = G * (R * W + X * max_blocks)
+
+
+def step(
+    state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, *, max_blocks: int = 1
+) -> tuple[pool.PoolState, sequences.SequenceBatch, StepResult]:
+    """Carries out a plan.
+
+    Pool and batch end as after `sequences.release`, `start`, `extend` and `register`, called in this order with what
+    the plan says, rows that grow in the plan's order, and with two differences. New rows and growing rows draw on one
+    allocation: once a new row is OUT_OF_BLOCKS, so are all rows that grow. And a step is not done by half: where what
+    it may release has no room in the inactive queue, nothing happens and every row and block gets QUEUE_FULL.
+
+    Args:
+      state: the pool.
+      running: the batch.
+      plan: what to do.
+      max_blocks: static bound of the new blocks of a growing row in one group.
+
+    Returns:
+      Pool, batch and result. A row that gets no blocks stays as it was, a new one empty. After QUEUE_FULL, `compact`
+      the pool and call again.
+
+    Raises:
+      LayoutError: if the plan has more hashes a row than a table has blocks.
+    """
+    groups, batch, width = running.block_tables.shape
+    asked = plan.hashes.shape[1]
+    if asked > width:
+        raise LayoutError(f"{asked} hashes a row exceed the table's {width} blocks; start fewer or widen the table")
+
+    # What ends stays findable, so that prefixes can be matched before it ends, and room be known beforehand.
+    needed = sequences.blocks_for(plan.num_tokens, running.block_size)
+    wide = needed <= width
+    prefix, cached = _match(state, plan.hashes, jnp.where(wide, plan.num_hashes, 0), groups)
+    ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
+    held = pool.stats(state).held
+    most = jnp.minimum(groups * jnp.sum(ended), held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
+    room = most <= pool.release_room(state)
+
+    state, running, _ = sequences.release(state, running, jnp.where(room, plan.ending, batch))
+
+    begun = wide & room
+    cached = jnp.where(begun, cached, 0)
+    prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)
+    state, _ = pool.acquire(state, prefix.reshape(prefix.shape[0], -1))
+
+    fresh = jnp.where(begun, needed - cached, 0)
+    growth = _growth(state, running, plan, max_blocks)
+    more = jnp.where(room & (growth.status == Status.OK), growth.fresh, 0)
+    state, drawn = pool.draw(
+        state,
+        groups * jnp.concatenate([fresh, more]),
+        max_count=groups * (len(fresh) * width + len(more) * max_blocks),
+    )
+    split = len(fresh)
+    granted = begun & drawn.granted[:split]
+    refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
+    state, _ = pool.release(state, sequences.last_first(refused))
+
+    running = _begin(running, plan, granted, prefix, cached, drawn.first[:split], drawn.block_ids)
+    grown = room & drawn.granted[split:] & (growth.status == Status.OK)
+    running = _grow(running, plan, grown, growth, drawn.first[split:], drawn.block_ids, max_blocks)
+    state, running, registered, status = _register(state, running, plan, room)
+
+    def told(status: jax.Array) -> jax.Array:
+        return jnp.where(room, status, Status.QUEUE_FULL).astype(jnp.int32)
+
+    out = jnp.where(drawn.granted, Status.OK, Status.OUT_OF_BLOCKS)
+    result = StepResult(
+        jnp.where(granted, cached * running.block_size, 0),
+        told(jnp.where(wide, out[:split], Status.TABLE_FULL)),
+        told(jnp.where(growth.status == Status.OK, out[split:], growth.status)),
+        registered,
+        told(status),
+        drawn.evicted,
+    )
+    return state, running, result
+
+
+class _Growth(NamedTuple):
+    """What rows that grow want."""
+
+    lengths: jax.Array  # i32[X]: tokens then
+    places: jax.Array  # i32[X]: blocks in the table now
+    fresh: jax.Array  # i32[X]: blocks wanted in each group
+    status: jax.Array  # i32[X]: why a row cannot grow whatever is free
+
+
+def _match(state: pool.PoolState, hashes: jax.Array, counts: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
+    """Finds the longest prefix that every group can serve: i32[R, G, M] blocks, padded with N, and i32[R] how many."""
+    asked = hashes.shape[1]
+    found = [pool.scan(state, hashes, counts, group=group) for group in range(groups)]
+    blocks = jnp.stack(found, axis=1)
+    column = jnp.arange(asked, dtype=jnp.int32)
+    miss = jnp.any(blocks == state.num_blocks, axis=1)
+    cached = jnp.min(jnp.where(miss, column[None, :], asked), axis=1, initial=asked).astype(jnp.int32)
+    return jnp.where(column[None, None, :] < cached[:, None, None], blocks, state.num_blocks), cached
+
+
+def _growth(state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, max_blocks: int) -> _Growth:
+    width = running.block_tables.shape[2]
+    places = running.num_blocks.at[plan.growing].get(mode="fill", fill_value=0)
+    lengths = running.lengths.at[plan.growing].get(mode="fill", fill_value=0) + plan.new_tokens
+    needed = sequences.blocks_for(lengths, running.block_size)
+    fresh = jnp.maximum(needed - places, 0)
+    _, shared = sequences.tails(state, running, jnp.where(plan.new_tokens != 0, plan.growing, len(running.lengths)))
+    valid = (plan.new_tokens >= 0) & (fresh <= max_blocks)
+    status = jnp.where(valid, Status.OK, Status.INVALID_COUNT)
+    status = jnp.where(jnp.any(shared, axis=1), Status.SHARED_TAIL, status)
+    status = jnp.where(needed <= width, status, Status.TABLE_FULL)
+    return _Growth(lengths, places, fresh, status)
+
+
+def _begin(
+    running: sequences.SequenceBatch,
+    plan: StepPlan,
+    granted: jax.Array,
+    prefix: jax.Array,
+    cached: jax.Array,
+    first: jax.Array,
+    blocks: jax.Array,
+) -> sequences.SequenceBatch:
+    """Writes the rows that begin: `cached` blocks of `prefix`, then those granted from `first` on."""
+    groups, batch, width = running.block_tables.shape
+    needed = sequences.blocks_for(plan.num_tokens, running.block_size)
+    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    fresh = needed - cached
+    nth = first[:, None, None] + group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
+    table = jnp.pad(prefix, ((0, 0), (0, 0), (0, width - prefix.shape[2])), constant_values=running.pool_blocks)
+    table = jnp.where(column < cached[:, None, None], table, blocks.at[nth].get(mode="clip"))
+    table = jnp.where(column < needed[:, None, None], table, running.pool_blocks)
+    target = jnp.where(granted, plan.starting, batch)
+    return replace(
+        running,
+        block_tables=running.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
+        lengths=running.lengths.at[target].set(plan.num_tokens, mode="drop"),
+        num_blocks=running.num_blocks.at[target].set(needed, mode="drop"),
+    )
+
+
+def _grow(
+    running: sequences.SequenceBatch,
+    plan: StepPlan,
+    grown: jax.Array,
+    growth: _Growth,
+    first: jax.Array,
+    blocks: jax.Array,
+    max_blocks: int,
+) -> sequences.SequenceBatch:
+    """Appends to rows that grow the blocks granted from `first` on."""
+    groups, batch, width = running.block_tables.shape
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    column = jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
+    fresh = growth.fresh[None, :, None]
+    nth = first[None, :, None] + group * fresh + column  # [G, X, max_blocks]
+    place = jnp.where(column < fresh, growth.places[None, :, None] + column, width)
+    target = jnp.where(grown, plan.growing, batch)
+    return replace(
+        running,
+        block_tables=running.block_tables.at[group, target[None, :, None], place].set(
+            blocks.at[nth].get(mode="clip"), mode="drop"
+        ),
+        lengths=running.lengths.at[target].set(growth.lengths, mode="drop"),
+        num_blocks=running.num_blocks.at[target].set(growth.places + growth.fresh, mode="drop"),
+    )
+
+
+def _register(
+    state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, room: jax.Array
+) -> tuple[pool.PoolState, sequences.SequenceBatch, jax.Array, jax.Array]:
+    """Registers completed blocks in every group: pool, batch, bool[G, P] newly findable and i32[G, P] status."""
+    groups, batch, _ = running.block_tables.shape
+    rows = jnp.where(room, plan.complete_rows, batch)
+    tables, registered, status = running.block_tables, [], []
+    for group in range(groups):
+        blocks = tables.at[group, rows, plan.complete_places].get(mode="fill", fill_value=running.pool_blocks)
+        state, result = pool.register(state, blocks[None], plan.complete_hashes[None], group=group)
+        tables, canonical = fence((tables, result.block_ids[0]))
+        tables = tables.at[group, rows, plan.complete_places].set(canonical, mode="drop")
+        registered.append(result.registered[0])
+        status.append(result.status[0])
+    return state, replace(running, block_tables=tables), jnp.stack(registered), jnp.stack(status)
