@@ -36,7 +36,7 @@ class StepPlan(NamedTuple):
     starting: jax.Array  # i32[R]: rows that begin; empty, or among `ending`
     hashes: jax.Array  # u32[R, M, 4]: sequence hashes of each prompt's whole blocks, M at most W
     num_hashes: jax.Array  # i32[R]: how many of them may match, at most (num_tokens - 1) // T
-    num_tokens: jax.Array  # i32[R]: tokens of each prompt; 0 for padding
+    num_tokens: jax.Array  # i32[R]: tokens of each prompt
     growing: jax.Array  # i32[X]: running rows that need slots for new tokens, in the order of their claim to blocks
     new_tokens: jax.Array  # i32[X]: how many
     complete_rows: jax.Array  # i32[P]: row of each completed block
@@ -86,7 +86,8 @@ def step(
     # What ends stays findable, so that prefixes can be matched before it ends, and room be known beforehand.
     needed = sequences.blocks_for(plan.num_tokens, running.block_size)
     wide = needed <= width
-    prefix, cached = _match(state, plan.hashes, jnp.where(wide, plan.num_hashes, 0), groups)
+    real = plan.starting < batch
+    prefix, cached = _match(state, plan.hashes, jnp.where(wide & real, plan.num_hashes, 0), groups)
     ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
     held = pool.stats(state).held
     most = jnp.minimum(groups * jnp.sum(ended), held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
@@ -94,14 +95,14 @@ def step(
 
     state, running, _ = sequences.release(state, running, jnp.where(room, plan.ending, batch))
 
-    begun = wide & room
+    begun = wide & real & room
     cached = jnp.where(begun, cached, 0)
     prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)
     state, _ = pool.acquire(state, prefix.reshape(prefix.shape[0], -1))
 
     fresh = jnp.where(begun, needed - cached, 0)
     growth = _growth(state, running, plan, max_blocks)
-    more = jnp.where(room & (growth.status == Status.OK), growth.fresh, 0)
+    more = jnp.where(room & (plan.growing < batch) & (growth.status == Status.OK), growth.fresh, 0)
     state, drawn = pool.draw(
         state,
         groups * jnp.concatenate([fresh, more]),

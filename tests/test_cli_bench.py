@@ -1,6 +1,7 @@
 import contextlib
 import errno
 import json
+import re
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 
 from kvbm_jax.bench import hash as hash_bench
 from kvbm_jax.bench import offload
+from kvbm_jax.bench import pool as pool_bench
 from kvbm_jax.bench.timing import BenchError, Row, Timing
 from kvbm_jax.cli import main
 from kvbm_jax.identity import CacheIdentity
@@ -112,6 +114,33 @@ def test_other_hashes_are_no_baseline(capsys, monkeypatch, plain, case):
     assert f"error: {case} block 16: 1 of 4 hashes differ from the plain loop's" in capsys.readouterr().err
 
 
+@pytest.fixture
+def small_pool(monkeypatch):
+    """One batch, and a pool that is soon full."""
+    monkeypatch.setattr(pool_bench, "BATCHES", (64,))
+    measure = pool_bench.measure
+    monkeypatch.setattr(pool_bench, "measure", lambda timing, num_blocks: measure(timing, num_blocks // 8))
+
+
+def test_json_has_a_row_for_every_way_to_step(capsys, small_pool):
+    assert main(["bench", "pool", "--repeats", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(out.splitlines()[-1])
+    assert found["bench"] == "pool"
+    assert [row["case"] for row in found["rows"]] == ["batch 64, one dispatch", "batch 64, in scan"]
+    for row in found["rows"]:
+        assert row["baseline"] == "pool in plain Python"
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"]
+
+
+def test_a_pool_that_evicts_other_blocks_is_no_baseline(capsys, monkeypatch, small_pool):
+    release = pool_bench._Plain._release
+    monkeypatch.setattr(pool_bench._Plain, "_release", lambda self, blocks: release(self, list(blocks)[1:]))
+    assert main(["bench", "pool", "--repeats", "1"]) == 1
+    assert re.search(r"one dispatch: [\d,]+ blocks found and [\d,]+ evicted; in plain Python", capsys.readouterr().err)
+
+
 def test_json_may_be_asked_for_before_the_name(capsys, made_up):
     assert main(["bench", "--json", "offload"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["ratio"] == 0.25
@@ -139,6 +168,7 @@ def test_progress_is_shown_on_a_terminal_and_wiped(capsys, monkeypatch):
         (("offload", "extra"), "unrecognized arguments: extra"),
         (("hash", "--tokens", "63"), "'63' is no integer >= 64"),
         (("hash", "--repeats", "0"), "'0' is no integer >= 1"),
+        (("pool", "--blocks", "65535"), "'65535' is no integer >= 65536"),
         (("hash", "--blocks", "3"), "unrecognized arguments: --blocks"),
     ],
 )

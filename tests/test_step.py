@@ -328,6 +328,14 @@ def test_a_thousand_steps_compile_once():
     assert go._cache_size() == 1
 
 
+def test_padding_takes_nothing_whatever_it_says():
+    d = Driver(1)
+    tokens = jnp.full((R,), 5, jnp.int32)
+    plan = make_plan()._replace(num_hashes=tokens, num_tokens=tokens, new_tokens=jnp.full((X,), 5, jnp.int32))
+    state, running, _ = jitted()["step"](d.state, d.running, plan)
+    assert observed(state, running) == observed(d.state, d.running)
+
+
 def test_more_hashes_than_a_table_has_blocks_are_refused():
     d = Driver(1)
     plan = make_plan()._replace(hashes=jnp.zeros((R, W + 1, 4), jnp.uint32))

@@ -15,6 +15,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 
 SUMMARY = "time parts of the library beside a baseline"
 _OFFLOAD = "time how blocks move between device, host memory and disk"
+_POOL = "time the bookkeeping of a server's step"
 _HASH = "time how the blocks of a sequence are hashed"
 
 
@@ -33,6 +34,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--path", type=folder, metavar="DIR", help="folder on the disk to time (default the system's temporary folder)"
     )
     offload.set_defaults(bench=_offload)
+
+    pools = benches.add_parser("pool", parents=[common], help=_POOL, description=_POOL.capitalize() + ".")
+    pools.add_argument(
+        "--blocks",
+        type=at_least(65_536),  # the largest batch holds most of them
+        default=65_536,
+        metavar="N",
+        help="blocks of the pool, at least 65536 (default 65536)",
+    )
+    pools.set_defaults(bench=_pool)
 
     hashes = benches.add_parser("hash", parents=[common], help=_HASH, description=_HASH.capitalize() + ".")
     hashes.add_argument(
@@ -61,6 +72,17 @@ def _offload(args: argparse.Namespace) -> Report:
         _progress("")
     head = f"{args.blocks:,} blocks of {BLOCK_BYTES:,} bytes, medians of {args.repeats:,}"
     return _report("offload", head, rows)
+
+
+def _pool(args: argparse.Namespace) -> Report:
+    from kvbm_jax.bench.pool import measure  # noqa: PLC0415
+    from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
+
+    try:
+        rows = measure(Timing(args.repeats, _progress), args.blocks)
+    finally:
+        _progress("")
+    return _report("pool", f"{args.blocks:,} blocks, a step, medians of {args.repeats:,}", rows)
 
 
 def _hash(args: argparse.Namespace) -> Report:
