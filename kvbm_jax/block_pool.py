@@ -287,6 +287,12 @@ class BlockPool:
         self._pool, result = _evict(self._pool, np.int32(wanted), max_count=_round_up(max(wanted, 1)))
         return _evicted(result)
 
+    def require_room(self, blocks: int) -> None:
+        """Raises `OutOfBlocksError` if there are surely not as many blocks to be had."""
+        counts = self.stats()
+        if blocks > counts.reset + counts.inactive:
+            self.require(np.int32(Status.OUT_OF_BLOCKS), blocks=blocks)
+
     def require(self, status: jax.Array | np.generic, *, blocks: int) -> None:
         """Raises the error that a status stands for, if any; `blocks` is what was asked, for the message."""
         code = Status(int(status))

@@ -32,20 +32,25 @@ class DeviceCache:
 
     def __init__(self, layout: KVLayout) -> None:
         try:
-            fresh = kv_cache.init(layout)
+            self.value = _fresh(layout)
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(
                 f"num_blocks = {layout.num_blocks:,}: a cache of {layout.total_bytes:,} bytes does not fit the device "
                 f"({' '.join(str(error).split())}); use fewer blocks"
             ) from error
-        self._sharding = fresh.arrays[0].sharding
-        # Committed from the start: a program compiled for an uncommitted cache would be compiled twice.
-        self.value: kv_cache.KVCache = jax.device_put(fresh, self._sharding)
+        self._sharding = self.value.arrays[0].sharding
 
     @property
     def is_lost(self) -> bool:
         """Whether a program has destroyed the cache."""
         return any(array.is_deleted() for array in self.value.arrays)
+
+    def renew(self) -> None:
+        """Makes a new cache in the place of one that is lost; another one stays as it is."""
+        if self.is_lost:
+            for array in self.value.arrays:
+                array.delete()  # what is left of it: there may be no room for both
+            self.value = _fresh(self.value.layout)
 
     def run[**P, R](
         self,
@@ -103,6 +108,13 @@ class DeviceCache:
         layout = self.value.layout
         if not isinstance(new, kv_cache.KVCache) or new.layout != layout:
             raise LayoutError(f"the step returned {type(new).__name__} first; it must return the cache, in its layout")
+
+
+def _fresh(layout: KVLayout) -> kv_cache.KVCache:
+    cache = kv_cache.init(layout)
+    # Committed from the start: a program compiled for an uncommitted cache would be compiled twice.
+    placed: kv_cache.KVCache = jax.device_put(cache, cache.arrays[0].sharding)
+    return placed
 
 
 @functools.partial(jax.jit, donate_argnums=0, static_argnames="layer")

@@ -16,6 +16,7 @@ Calls are made from one thread. Subscriptions to events may be read from others.
 """
 
 import collections
+import contextlib
 import functools
 import logging
 import time
@@ -46,7 +47,7 @@ from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
 from kvbm_jax.residency import Residency
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
-from kvbm_jax.tiers import open_stores
+from kvbm_jax.tiers import identity_of, open_stores
 from kvbm_jax.types import Status
 
 __all__ = ["BlockManager"]
@@ -57,13 +58,14 @@ _LOG = logging.getLogger(__name__)
 def _whole[**P, R](
     method: abc.Callable[Concatenate["BlockManager", P], R],
 ) -> abc.Callable[Concatenate["BlockManager", P], R]:
-    """Has an interrupt (Ctrl-C, say) within a method leave the manager empty, not broken.
+    """Has an interrupt (Ctrl-C, say) within a method leave the device's pool empty, not broken; refuses after `close`.
 
     Donated state is gone before its successor is assigned; what comes in between cannot be undone.
     """
 
     @functools.wraps(method)
     def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        self._check_open()
         try:
             return method(self, *args, **kwargs)
         except Exception:
@@ -128,25 +130,37 @@ class BlockManager:
         self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
         self._tickets = 0
         self._closed = False
-        self._begin()
-        if stores is None:
-            stores = open_stores(config, self.layout, self._clock)
-        engine = None
-        if stores:
-            engine = OffloadEngine(
-                self.layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
-            )
-        self._residency = Residency(self._publisher, self._metrics, engine)
-
-    def _begin(self) -> None:
         self._cache = DeviceCache(self.layout)
-        self._book = BlockPool(
+        self._book = self._new_pool()
+        self._update_gauges()
+        self._residency = Residency(self._publisher, self._metrics, self._open_engine(stores))
+
+    def _open_engine(self, stores: abc.Sequence[BlockStore] | None) -> OffloadEngine | None:
+        with contextlib.ExitStack() as opened:
+            if stores is None:
+                stores = open_stores(self.config, self.layout, self._clock)
+                for store in stores:
+                    opened.callback(store.close)
+            if not stores:
+                return None
+            engine = OffloadEngine(
+                self.layout,
+                stores,
+                identity=identity_of(self.config, self.layout),
+                publisher=self._publisher,
+                metrics=self._metrics,
+                clock=self._clock,
+            )
+            opened.pop_all()
+        return engine
+
+    def _new_pool(self) -> BlockPool:
+        return BlockPool(
             num_blocks=self.layout.num_blocks,
             block_size=self.layout.block_size,
             max_sequences=self._max_sequences,
             max_blocks=self._max_blocks,
         )
-        self._update_gauges()
 
     # Sequences.
 
@@ -205,6 +219,7 @@ class BlockManager:
           OutOfBlocksError: if it needs more blocks than are free or evictable.
           BlockStateError: if it is running, or `max_sequences` are.
         """
+        self._check_open()
         count, size = len(seq.tokens), self.layout.block_size
         if not seq.released:
             raise BlockStateError(f"the sequence of row {seq.row} is running; release it before it is begun again")
@@ -216,8 +231,11 @@ class BlockManager:
         row, hashes = self._free_row(), seq.hash_blocks(count // size)
         reusable = (count - 1) // size if seq.reuse else 0
         resident = self._book.match(hashes[:reusable]) if reusable else 0
-        # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
-        loaded = self._residency.load(hashes[resident:reusable])
+        loaded = None
+        if resident < reusable and self._residency.has_tiers:
+            # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
+            self._book.require_room(-(-count // size) - resident)
+            loaded = self._residency.load(hashes[resident:reusable])
         self._admit(seq, row, reusable, loaded)
         self._metrics.count("kvbm_prefix_query_tokens_total", count)
         for tier, found in seq.hits.items():
@@ -232,9 +250,14 @@ class BlockManager:
         seq.num_cached = started.num_cached
         seq.num_registered = started.num_cached // self.layout.block_size
         seq.hits = {Tier.G1: started.num_cached}
-        self._observe_allocation(begun, started.evicted)
-        if loaded is not None:
-            self._onboard(seq, loaded)
+        try:
+            self._after_allocation(begun, started.evicted)
+            if loaded is not None:
+                self._onboard(seq, loaded)
+        except Exception:
+            if not seq.released:
+                self.release(seq)
+            raise
 
     def _onboard(self, seq: Sequence, loaded: Loaded) -> None:
         """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
@@ -320,7 +343,7 @@ class BlockManager:
         begun = self._clock.monotonic_ns()
         most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
         statuses, evicted = self._book.extend(counts, most)
-        self._observe_allocation(begun, evicted)
+        self._after_allocation(begun, evicted)
         for seq, new in added.items():
             if statuses[seq.row] == Status.OK:
                 seq.tokens.extend(new)
@@ -361,7 +384,6 @@ class BlockManager:
             self._residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
         return len(index)
 
-    @_whole
     def release(self, seq: Sequence) -> None:
         """Ends a sequence; what it registered stays cached until it is evicted.
 
@@ -369,9 +391,14 @@ class BlockManager:
           BlockStateError: if it is not running (a double release).
         """
         self._check_running(seq)
-        self._book.release(seq.row)
+        if not self._closed:
+            self._release(seq)
         del self._running[seq.row]
         seq.released = True
+
+    @_whole
+    def _release(self, seq: Sequence) -> None:
+        self._book.release(seq.row)
         self._residency.released(seq.hashes[: seq.num_registered])
         self._update_gauges()
 
@@ -462,7 +489,7 @@ class BlockManager:
         self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
         begun = self._clock.monotonic_ns()
         grant, evicted = self._book.reserve(count, max_blocks)
-        self._observe_allocation(begun, evicted)
+        self._after_allocation(begun, evicted)
         self._tickets += 1
         block_ids = np.asarray(grant.block_ids)[:count].copy()
         self._grants[self._tickets] = (tuple(growth), block_ids)
@@ -545,7 +572,7 @@ class BlockManager:
             raise ConfigError(f"count is {count}; it must be at least 0")
         begun = self._clock.monotonic_ns()
         block_ids, generations, evicted = self._book.allocate(count)
-        self._observe_allocation(begun, evicted)
+        self._after_allocation(begun, evicted)
         if scrub:
             self._scrub(block_ids)
         return [
@@ -630,24 +657,29 @@ class BlockManager:
         Returns:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
+        self._check_open()
         return self._residency.flush(self._cache.value, seconds)
 
     def close(self, seconds: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
 
         Args:
-          seconds: how long flushing may take; None for as long as it takes.
+          seconds: how long flushing may take, and then what is under way; None for as long as it takes. A store in
+            the middle of a call is waited for.
           flush: False to leave the disk tier as it is.
         """
         if self._closed:
             return
-        self._closed = True
-        if flush:
-            report = self.flush(seconds)
+        try:
+            report = self.flush(seconds) if flush else FlushReport(0, 0, 0)
             if report.failed or report.pending:
                 _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
-        self._residency.close(seconds)
-        self._bus.close()
+        finally:
+            self._closed = True
+            try:
+                self._residency.close(seconds)
+            finally:
+                self._bus.close()
 
     def __enter__(self) -> Self:
         return self
@@ -658,12 +690,15 @@ class BlockManager:
         self.close(flush=kind is None)
 
     def _lose(self) -> None:
+        """Forgets what the device holds; the tiers below keep theirs."""
         for seq in self._running.values():
             seq.released = True
         self._running.clear()
         self._grants.clear()
-        self._begin()
+        self._cache.renew()
+        self._book = self._new_pool()
         self._residency.lost()
+        self._update_gauges()
 
     def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
         """Ids and generations of handles, which must be of this manager and of its present cache."""
@@ -709,7 +744,7 @@ class BlockManager:
             return
         begun = self._clock.monotonic_ns()
         copied = self._book.unshare(rows)
-        self._observe_allocation(begun, copied.evicted)
+        self._after_allocation(begun, copied.evicted)
         if np.any(copied.sources < self.layout.num_blocks):
             self.run(_copy_blocks, copied.sources, copied.targets)
         for seq in growing:
@@ -720,11 +755,15 @@ class BlockManager:
         padded[: len(block_ids)] = block_ids
         self.run(_scrub_blocks, padded)
 
+    def _check_open(self) -> None:
+        if self._closed:
+            raise BlockStateError("the manager is closed")
+
     def _check_running(self, seq: Sequence) -> None:
         if self._running.get(seq.row) is not seq:
             raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
 
-    def _observe_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
+    def _after_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
         self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
         self._residency.evicted(self._cache.value, evicted)
         self._update_gauges()

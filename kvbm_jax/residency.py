@@ -5,8 +5,9 @@ registered block, kept while the device holds it, so that an evicted block can b
 there is. Without tiers below nothing is kept, and evictions are events only.
 """
 
+import contextlib
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -76,22 +77,26 @@ class Residency:
             self._engine.clear()
 
     def lost(self) -> None:
-        """The device holds nothing any more."""
+        """The device holds nothing any more; why it does not may have left the tiers in the middle of something."""
         self._residents.clear()
         self._publisher.cleared(Tier.G1)
+        if self._engine is not None:
+            self._engine.reconcile()
 
     def load(self, hashes: NDArray[np.uint32]) -> Loaded | None:
         """Reads the longest prefix of u32[M, 4] that the tiers below hold; None where there is nothing."""
         if self._engine is None or not len(hashes):
             return None
-        loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
+        with self._reconciled(self._engine):
+            loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
         return loaded if loaded.tiers else None
 
     def flush(self, cache: KVCache, seconds: float | None) -> FlushReport:
-        """Copies what is registered to the disk tier; see `OffloadEngine.flush`."""
+        """Copies what is registered to the lowest tier; see `OffloadEngine.flush`."""
         if self._engine is None:
             return FlushReport(0, 0, 0)
-        return self._engine.flush(cache, list(self._residents.values()), seconds)
+        with self._reconciled(self._engine):
+            return self._engine.flush(cache, list(self._residents.values()), seconds)
 
     def stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters of the tiers below."""
@@ -106,6 +111,18 @@ class Residency:
         """Ends the tiers below; moves under way have `seconds`."""
         if self._engine is not None:
             self._engine.close(seconds)
+
+    @staticmethod
+    @contextlib.contextmanager
+    def _reconciled(engine: OffloadEngine) -> Iterator[None]:
+        """Has an interrupt (Ctrl-C, say) leave policy and stores in agreement."""
+        try:
+            yield
+        except Exception:
+            raise
+        except BaseException:
+            engine.reconcile()
+            raise
 
     def _count_evicted(self, evicted: EvictedBlocks) -> list[BlockKey]:
         if len(evicted.block_ids):

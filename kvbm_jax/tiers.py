@@ -9,7 +9,12 @@ from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockStore, Clock
 
-__all__ = ["open_stores"]
+__all__ = ["identity_of", "open_stores"]
+
+
+def identity_of(config: KvBlockManagerConfig, layout: KVLayout) -> CacheIdentity:
+    """Returns what a cache's bytes mean; without a `model_id` only this process may read them."""
+    return CacheIdentity.of(layout, model_id=config.model_id or "", hash_algorithm=config.hash_algorithm)
 
 
 def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) -> Sequence[BlockStore]:
@@ -26,8 +31,7 @@ def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) ->
             "model_id is unset; the disk tier outlives this process, and must know whose keys and values it holds: "
             "name the model and its weights, for example by name and revision"
         )
-    # A host tier alone is read by this process only.
-    identity = CacheIdentity.of(layout, model_id=config.model_id or "", hash_algorithm=config.hash_algorithm)
+    identity = identity_of(config, layout)
     stores: list[BlockStore] = []
     try:
         if config.host_blocks:

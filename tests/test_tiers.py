@@ -11,11 +11,12 @@ import synthetic
 from tiered import BLOCK_BYTES, SIZE, TierModel, View, check, make, prefill, serve, settle
 
 from kvbm_jax import invariants
-from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, HashingError
+from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, HashingError, OutOfBlocksError
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.offload import MemoryBlockStore
+from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.offload.segments import SegmentBlockStore
 from kvbm_jax.protocols import BlockKey, Outcome, StoreRow, Tier
 
@@ -416,10 +417,10 @@ def test_what_the_budget_has_no_room_for_any_more_is_trimmed(tmp_path):
             tmp_path, BLOCK_BYTES, identity=identity, capacity_bytes=64 << 20, capacity_blocks=blocks, clock=time
         )
 
-    with make(32, stores=[store(20)]) as manager:
+    with make(32, stores=[store(20)], model_id="tiny") as manager:
         for first in (0, 1000, 2000):
             serve(manager, prompt(first, 6))
-    with make(32, stores=[store(7)]) as manager:
+    with make(32, stores=[store(7)], model_id="tiny") as manager:
         settle(manager)
         assert manager.tier_stats()[Tier.G3].blocks == 7
         assert serve(manager, prompt(2000, 6)) == {Tier.G3: 24}
@@ -434,7 +435,8 @@ class Faulty:
 
     def __init__(self, store):
         self._store = store
-        self.fail_puts = self.fail_gets = False
+        self.fail_puts = self.fail_gets = self.raise_once = self.raise_late_once = self.forget_records = False
+        self.room = None
         self.gate = threading.Event()
         self.gate.set()
 
@@ -444,6 +446,8 @@ class Faulty:
     def put(self, records, blocks):
         if self.fail_puts:
             return self._failed(len(records))
+        if self.room is not None and self._store.stats().blocks + len(records) > self.room:
+            return self._failed(len(records), Outcome.REFUSED)
         future = self._store.put(records, blocks)
         if self.gate.is_set():
             return future
@@ -457,12 +461,36 @@ class Faulty:
         return late
 
     def get(self, keys, out):
-        return self._failed(len(keys)) if self.fail_gets else self._store.get(keys, out)
-
-    def _failed(self, count):
-        future = Future()
-        future.set_result((StoreRow(Outcome.FAILED, reason="no"),) * count)
+        if self.raise_once:
+            self.raise_once = False
+            raise OSError("the medium is gone")
+        future = self._failed(len(keys)) if self.fail_gets else self._store.get(keys, out)
+        if self.raise_late_once:
+            self.raise_late_once = False
+            future = Future()
+            future.set_exception(OSError("the medium is gone"))
+        if self.forget_records:
+            rows = tuple(row._replace(record=None) for row in future.result())
+            future = Future()
+            future.set_result(rows)
         return future
+
+    def _failed(self, count, outcome=Outcome.FAILED):
+        future = Future()
+        future.set_result((StoreRow(outcome, reason="no"),) * count)
+        return future
+
+
+def assert_in_agreement(manager, stores, events, view):
+    """Policy, stores and what a subscriber believes are the same."""
+    settle(manager)
+    manager._residency._engine._forget_lost()
+    settle(manager)
+    held = believed(events, view)
+    for store in stores:
+        stored = {record.key.sequence_hash for _, record in store.records()}
+        known = {key.sequence_hash for key in manager._residency._engine._tiers.oldest_first(store.tier)}
+        assert stored == known == held.get(store.tier, set())
 
 
 @pytest.fixture
@@ -500,6 +528,169 @@ def test_a_failed_put_is_a_miss_later_and_counted(faulty, tier):
         assert sum(serve(manager, prompt(4000, 6)).values()) == 24
     failures = [value for name, value in metrics.snapshot().items() if "failures" in name]
     assert sum(failures) >= 8
+
+
+@pytest.mark.parametrize("fault", ["raise_once", "raise_late_once", "fail_gets", "forget_records"])
+def test_a_fault_between_tiers_leaves_policy_stores_and_subscribers_in_agreement(faulty, fault):
+    with make(7, stores=list(faulty.values())) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000):
+            serve(manager, prompt(first, 6))
+        settle(manager)
+        setattr(faulty[Tier.G2], fault, True)
+        serve(manager, prompt(2000, 6))
+        settle(manager)
+        setattr(faulty[Tier.G2], fault, False)
+        for first in range(3000, 9000, 1000):
+            serve(manager, prompt(first, 6))
+        assert_in_agreement(manager, faulty.values(), events, view)
+        assert serve(manager, prompt(7000, 6))
+        assert faulty[Tier.G2].stats().refused == 0
+
+
+def test_a_device_that_fails_to_deliver_leaves_them_in_agreement_too(faulty, monkeypatch):
+    with make(7, stores=list(faulty.values())) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000):
+            serve(manager, prompt(first, 6))
+        settle(manager)
+
+        def broken(array):
+            raise RuntimeError("the device has fallen off the bus")
+
+        monkeypatch.setattr("kvbm_jax.offload.mover.rows_of_array", broken)
+        serve(manager, prompt(2000, 6))
+        settle(manager)
+        monkeypatch.undo()
+        for first in range(3000, 9000, 1000):
+            serve(manager, prompt(first, 6))
+        assert_in_agreement(manager, faulty.values(), events, view)
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_store_that_raises_on_the_way_up_is_a_miss(faulty, late):
+    metrics = InMemoryMetrics()
+    with make(7, stores=[faulty[Tier.G2]], metrics=metrics) as manager:
+        events, view = manager.subscribe_events(), View()
+        serve(manager, prompt(0, 6))
+        serve(manager, prompt(1000, 6))
+        settle(manager)
+        setattr(faulty[Tier.G2], "raise_late_once" if late else "raise_once", True)
+        assert serve(manager, prompt(0, 6)) == {}
+        assert_in_agreement(manager, [faulty[Tier.G2]], events, view)
+    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="failed"}'] == 6
+
+
+def test_a_store_that_has_less_room_than_it_said_goes_on_with_what_it_has(faulty):
+    store = faulty[Tier.G3]
+    store.room = 18
+    with make(7, stores=[store]) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in range(0, 12_000, 1000):
+            serve(manager, prompt(first, 6))
+            settle(manager)
+        assert_in_agreement(manager, [store], events, view)
+        assert sum(serve(manager, prompt(9000, 6)).values()) == 24  # a late one is there
+
+
+@pytest.mark.parametrize("where", ["gather", "bytes_for"])
+def test_an_interrupt_while_offloading_leaves_them_in_agreement(faulty, monkeypatch, where):
+    with make(7, stores=list(faulty.values())) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000, 2000):
+            serve(manager, prompt(first, 6))
+
+        def interrupted(*args):
+            raise KeyboardInterrupt
+
+        pointers = [array.unsafe_buffer_pointer() for array in manager.cache.arrays]
+        monkeypatch.setattr(f"kvbm_jax.offload.staging.StagingRing.{where}", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            manager.start(prompt(3000, 6))
+        monkeypatch.undo()
+        assert manager.stats() == (7, 0, 0)
+        assert [array.unsafe_buffer_pointer() for array in manager.cache.arrays] == pointers
+        for first in range(4000, 9000, 1000):
+            serve(manager, prompt(first, 6))
+        assert_in_agreement(manager, faulty.values(), events, view)
+
+
+def test_a_start_that_cannot_fit_reads_nothing(faulty):
+    with make(8, max_sequences=2, stores=[faulty[Tier.G2]]) as manager:
+        serve(manager, prompt(0, 7))
+        serve(manager, prompt(1000, 7))
+        settle(manager)
+        before = faulty[Tier.G2].stats().hits
+        with manager.start(prompt(2000, 3)), pytest.raises(OutOfBlocksError):
+            manager.start(prompt(0, 7))
+        assert faulty[Tier.G2].stats().hits == before
+
+
+def test_closing_that_is_interrupted_still_closes(tmp_path, monkeypatch):
+    manager = make(7, **disk(tmp_path))
+    events = manager.subscribe_events()
+    serve(manager, prompt(0, 6))
+
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kvbm_jax.offload.engine.OffloadEngine.flush", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        manager.close()
+    monkeypatch.undo()
+    manager.close()
+    assert len(list(events)) >= 1  # the stream has an end
+    with make(7, **disk(tmp_path)) as manager:  # and the folder is free
+        assert serve(manager, prompt(0, 6)) == {}
+
+
+def test_a_closed_manager_says_so_and_lets_sequences_go(faulty):
+    manager = make(16, max_sequences=2, stores=[faulty[Tier.G2]])
+    with manager.start(prompt(0, 2)) as seq:
+        manager.close()
+        for call in (
+            lambda: manager.start(prompt(0, 2)),
+            lambda: manager.extend({seq: [1]}),
+            lambda: manager.reserve({seq: 1}),
+            lambda: manager.fork(seq),
+            lambda: manager.allocate_blocks(1),
+            manager.flush,
+            manager.clear,
+        ):
+            with pytest.raises(BlockStateError, match="the manager is closed"):
+                call()
+    assert seq.released
+
+
+@pytest.mark.parametrize(
+    ("tiers", "message"),
+    [
+        ([Tier.G3, Tier.G2], "stores of the tiers .G3, G2."),
+        ([Tier.G2, Tier.G2], "stores of the tiers .G2, G2."),
+        ([Tier.G3, Tier.G4], "one store below it"),
+        ([Tier.G1], "stores of the tiers .G1."),
+    ],
+)
+def test_stores_that_cannot_stand_below_a_device_are_refused(tiers, message):
+    with pytest.raises(ConfigError, match=message):
+        make(stores=[MemoryBlockStore(BLOCK_BYTES, tier=tier) for tier in tiers])
+
+
+def test_stores_that_do_not_fit_the_cache_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="blocks of 64 bytes, the cache of 128"):
+        make(stores=[MemoryBlockStore(64)])
+    identity = CacheIdentity.of(make(1).layout, model_id="another", hash_algorithm="blake3")
+    store = HostBlockStore(BLOCK_BYTES, 4, identity=identity)
+    with pytest.raises(ConfigError, match="model_id: 'another' != 'tiny'"):
+        make(stores=[store], model_id="tiny")
+    store.close()
+
+
+def test_an_unbounded_store_takes_everything():
+    with make(7, stores=[MemoryBlockStore(BLOCK_BYTES)], metrics=InMemoryMetrics()) as manager:
+        for first in range(0, 20_000, 1000):
+            serve(manager, prompt(first, 6))
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
 
 
 def test_a_failed_read_is_a_miss_and_forgotten(faulty):

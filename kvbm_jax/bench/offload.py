@@ -29,10 +29,10 @@ from kvbm_jax.bench.timing import BenchError, Row, Timing, Trial
 from kvbm_jax.hashing import HashAlgorithm
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload.buffer_pool import BufferPool
 from kvbm_jax.offload.host import HostBlockStore
-from kvbm_jax.offload.leases import BufferPool
 from kvbm_jax.offload.segments import SegmentBlockStore
-from kvbm_jax.offload.staging import StagingRing, onboard, rows_for, rows_of
+from kvbm_jax.offload.staging import StagingRing, onboard, rows_for, rows_of_array
 from kvbm_jax.protocols import BlockKey, BlockRecord, BlockStore, Outcome, StoreFuture, StoreRow
 
 __all__ = ["BLOCK_BYTES", "measure"]
@@ -123,7 +123,7 @@ class _Tiers:
             self._cache = kv_cache.init(self._cache.layout)
             self._load(store)
             arrays = self._ring.gather(self._cache, self._block_ids)
-            found = np.concatenate([rows_of(array) for array in arrays])[: len(self._contents)]
+            found = np.concatenate([rows_of_array(array) for array in arrays])[: len(self._contents)]
             wrong = int((found != self._contents).any(axis=1).sum())
             if wrong:
                 raise BenchError(f"{wrong} of {len(found)} blocks came back from {store.tier.label} with other bytes")
@@ -163,7 +163,7 @@ class _Tiers:
     def _offload(self, records: Sequence[BlockRecord]) -> list[jax.Array]:
         """Puts the cache's blocks to the host store; returns the staging arrays, no longer read."""
         arrays = self._ring.gather(self._cache, self._block_ids)
-        pieces = [rows_of(array) for array in arrays]  # u8[R, P] each
+        pieces = [rows_of_array(array) for array in arrays]  # u8[R, P] each
         waiting = iter(records)
         puts = []
         for rows in pieces:

@@ -14,6 +14,7 @@ read; a block that cannot be had is a miss, is counted, and is forgotten.
 Axes: n blocks of a call, P bytes of a block.
 """
 
+import functools
 import logging
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -23,13 +24,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.cache import KVCache
+from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import EventPublisher
+from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
-from kvbm_jax.offload.leases import BufferPool
+from kvbm_jax.offload.buffer_pool import BufferPool
+from kvbm_jax.offload.calls import attempt, rows_of
 from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
 from kvbm_jax.offload.staging import StagingRing, rows_for
-from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
+from kvbm_jax.offload.victims import Transfer, VictimTiers, plan
 from kvbm_jax.protocols import (
     BlockKey,
     BlockRecord,
@@ -76,11 +80,15 @@ class OffloadEngine:
 
     Args:
       layout: of the cache.
-      stores: from the fastest down; what they hold already is taken over.
+      stores: G2, one slower store, or both; what they hold already is taken over.
+      identity: what the cache's bytes mean, which a store that has an identity must share.
       publisher: tells events.
       metrics: counts what crosses each edge.
       clock: for durations.
       max_bytes_in_flight: bound of the memory that moves may hold.
+
+    Raises:
+      ConfigError: if the stores are not such, or do not fit the cache.
     """
 
     def __init__(
@@ -88,11 +96,13 @@ class OffloadEngine:
         layout: KVLayout,
         stores: Sequence[BlockStore],
         *,
+        identity: CacheIdentity,
         publisher: EventPublisher,
         metrics: MetricsSink,
         clock: Clock,
         max_bytes_in_flight: int = _MAX_BYTES_IN_FLIGHT,
     ) -> None:
+        _check_stores(stores, layout, identity)
         self._stores = {store.tier: store for store in stores}
         self._capacities = {store.tier: _capacity(store) for store in stores}
         self._tiers = VictimTiers[BlockKey](list(self._capacities.items()))
@@ -141,7 +151,10 @@ class OffloadEngine:
             self._announcer.deleted(Tier.G1, {block.record.key: block.block_id for block in evicted})
             return
         moves = [move for block in evicted for move in self._tiers.offer(block.record.key)]
-        self._submit(cache, plan(moves), {block.record.key: block for block in evicted}, is_copy=False)
+        decided = plan(moves)
+        on_device = {block.record.key: block for block in evicted}
+        self._announcer.deleted(Tier.G1, {key: on_device[key].block_id for key in decided.dropped})
+        self._submit(cache, decided.transfers, decided.removed, on_device, is_copy=False)
         self._update_gauges()
 
     def load(self, keys: Sequence[BlockKey]) -> Loaded:
@@ -162,10 +175,12 @@ class OffloadEngine:
         if tiers:
             self._mover.settle()
         found = self._read(list(keys[: len(tiers)]), tiers, rows)
+        if len(found) < len(tiers):
+            self._update_gauges()
         return Loaded(rows, tuple(found))
 
     def flush(self, cache: KVCache, residents: Sequence[Resident], seconds: float | None) -> FlushReport:
-        """Copies what the device and the tiers hold to the disk, without taking it from where it is.
+        """Copies what the device and the tiers hold to the lowest tier, without taking it from where it is.
 
         Args:
           cache: the cache.
@@ -173,7 +188,7 @@ class OffloadEngine:
           seconds: how long to wait; None for as long as it takes. What is under way then goes on.
 
         Returns:
-          What was done; all zeros if no tier outlives the process.
+          What was done; all zeros if there is no tier below host memory.
         """
         if self._lowest is Tier.G2:
             return FlushReport(0, 0, 0)
@@ -198,6 +213,7 @@ class OffloadEngine:
             jobs.append(self._copy_down(cache, dict(part), on_device))
         self._mover.wait_idle(deadline.left())
         self._forget_lost()
+        self._update_gauges()
         results = [job.done.result() if job.done.done() else JobResult() for job in jobs]
         begun = len(jobs) * _FLUSH_BLOCKS
         pending = sum(len(job.transfers) for job in jobs if not job.done.done())
@@ -210,11 +226,25 @@ class OffloadEngine:
 
     def clear(self) -> None:
         """Empties every tier below the device."""
-        for tier in self._stores:
-            keys = list(self._tiers.oldest_first(tier))
+        for tier, store in self._stores.items():
+            keys = dict.fromkeys(self._tiers.oldest_first(tier))
             for key in keys:
                 self._tiers.discard(key, tier)
-            self._mover.forget(tier, dict.fromkeys(keys))
+            # Also what a store holds without the policy knowing.
+            self._mover.forget(tier, dict.fromkeys([*keys, *(record.key for _, record in store.records())]))
+        self._update_gauges()
+
+    def reconcile(self) -> None:
+        """Makes policy and stores agree again, after an interrupt between a decision and its moves."""
+        self._mover.settle()
+        self._forget_lost()
+        for tier, store in self._stores.items():
+            known = set(self._tiers.oldest_first(tier))
+            pending = self._mover.pending_keys(tier)  # asked first: what ends meanwhile is held then
+            held = {record.key for _, record in store.records()}
+            for key in known - held - pending:
+                self._tiers.discard(key, tier)
+            self._mover.forget(tier, dict.fromkeys(held - known))
         self._update_gauges()
 
     def close(self, seconds: float | None) -> None:
@@ -223,31 +253,33 @@ class OffloadEngine:
 
     def _adopt(self, store: BlockStore) -> None:
         """Takes over what a store holds, the oldest first."""
-        held = {record.key: (block_id, record) for block_id, record in store.records()}
-        above = Tier(store.tier - 1)
-        surplus = [move.key for key in held for move in self._tiers.offer(key, above) if move.source is store.tier]
-        kept = [
-            Arrival(record, block_id) for key, (block_id, record) in held.items() if self._tiers.holds(key, store.tier)
-        ]
-        if surplus:
-            store.delete(surplus)
-        self._announcer.created(store.tier, kept)
+        held = {record.key: Arrival(record, block_id) for block_id, record in store.records()}
+        surplus = [move.key for key in held for move in self._tiers.insert(key, store.tier)]
+        self._mover.forget(store.tier, dict.fromkeys(surplus))
+        self._announcer.created(store.tier, [held[key] for key in self._tiers.oldest_first(store.tier)])
 
     def _copy_down(
         self, cache: KVCache, origins: Mapping[BlockKey, Tier], on_device: Mapping[BlockKey, Resident]
     ) -> Job:
         """Has blocks copied to the lowest tier where it lacks them."""
-        moves = [move for key in origins for move in self._tiers.offer(key, Tier(self._lowest - 1))]
-        decided = plan(moves)
-        transfers = [Transfer(key, origins[key], target) for key, _, target in decided.transfers]
-        removed = [(key, tier) for key, tier in decided.removed if tier is self._lowest]
-        return self._submit(cache, Plan(transfers, removed, []), on_device, is_copy=True)
+        lowest = self._lowest
+        new = [key for key in origins if not self._tiers.holds(key, lowest)]
+        surplus = [move.key for key in origins for move in self._tiers.insert(key, lowest)]
+        transfers = [Transfer(key, origins[key], lowest) for key in new if self._tiers.holds(key, lowest)]
+        removed = [(key, lowest) for key in surplus if key not in new]
+        return self._submit(cache, transfers, removed, on_device, is_copy=True)
 
     def _submit(
-        self, cache: KVCache, moves: Plan[BlockKey], on_device: Mapping[BlockKey, Resident], *, is_copy: bool
+        self,
+        cache: KVCache,
+        transfers: Sequence[Transfer[BlockKey]],
+        removed: Sequence[tuple[BlockKey, Tier]],
+        on_device: Mapping[BlockKey, Resident],
+        *,
+        is_copy: bool,
     ) -> Job:
         """Stages what comes from the device and hands the rest to the mover."""
-        going = [on_device[transfer.key] for transfer in moves.transfers if transfer.origin is Tier.G1]
+        going = [on_device[transfer.key] for transfer in transfers if transfer.origin is Tier.G1]
         try:
             arrays = self._ring.gather(cache, np.array([block.block_id for block in going], np.int32))
         except Exception:  # noqa: BLE001 (no memory on the device, say: the mover finds the bytes missing)
@@ -258,18 +290,14 @@ class OffloadEngine:
             part = going[first : first + array.shape[0]]
             staged.append(Staged(array, [block.record for block in part]))
             first += len(part)
-        from_stores = len(moves.transfers) - len(going)
-        leaving = {} if is_copy else {block.record.key: block.block_id for block in going}
         job = Job(
-            moves.transfers,
-            moves.removed,
+            transfers,
+            removed,
             staged,
-            self._announcer.leave(Tier.G1, leaving),
+            {} if is_copy else self._announcer.leave(Tier.G1, {block.record.key: block.block_id for block in going}),
             is_copy,
-            self._ring.bytes_for(len(going)) + from_stores * self._block_bytes,
-        )
-        self._announcer.deleted(
-            Tier.G1, {key: on_device[key].block_id for key, tier in moves.dropped if tier is Tier.G1}
+            staged_bytes=self._ring.bytes_for(len(going)),
+            fetched_bytes=(len(transfers) - len(going)) * self._block_bytes,
         )
         self._mover.submit(job)
         return job
@@ -292,13 +320,14 @@ class OffloadEngine:
                 runs[-1][1].append(i)
             else:
                 runs.append((tier, [i]))
-        futures = [self._stores[tier].get([keys[i] for i in run], rows[run[0] : run[-1] + 1]) for tier, run in runs]
+        futures = [
+            attempt(functools.partial(self._stores[tier].get, [keys[i] for i in run], rows[run[0] : run[-1] + 1]))
+            for tier, run in runs
+        ]
         for (tier, run), future in zip(runs, futures, strict=True):
-            for i, row in zip(run, future.result(), strict=True):
-                if row.outcome is Outcome.OK:
-                    found[i] = tier
-                else:
-                    self._lose(keys[i], tier, row)
+            results = dict(zip(run, rows_of(future, len(run)), strict=True))
+            found |= {i: tier for i, row in results.items() if row.outcome is Outcome.OK}
+            self._miss(tier, {keys[i]: row for i, row in results.items() if row.outcome is not Outcome.OK})
         self._observe_read(list(found.values()), begun)
         for i, key in enumerate(keys):
             lower = self._tiers.locate(key) if i not in found else None
@@ -308,20 +337,27 @@ class OffloadEngine:
                 return [found[j] for j in range(i)]
         return [found[i] for i in range(len(keys))]
 
-    def _lose(self, key: BlockKey, tier: Tier, row: StoreRow) -> None:
-        """Counts a block that could not be read, and forgets it."""
-        self._metrics.count(
-            "kvbm_transfer_failures_total", source=tier.label, target=Tier.G1.label, reason=row.outcome.value
-        )
-        self._tiers.discard(key, tier)
-        self._mover.forget(tier, {key: row.block_id or 0})
+    def _miss(self, tier: Tier, rows: Mapping[BlockKey, StoreRow]) -> None:
+        """Counts blocks that could not be read, and forgets them."""
+        for key, row in rows.items():
+            edge = {"source": tier.label, "target": Tier.G1.label}
+            self._metrics.count("kvbm_transfer_failures_total", **edge, reason=row.outcome.value)
+            self._tiers.discard(key, tier)
+        self._mover.forget(tier, {key: row.block_id or 0 for key, row in rows.items()})
 
     def _forget_lost(self) -> None:
-        """Takes account of blocks that the mover could not put."""
-        for key, tier in self._mover.take_lost():
-            self._tiers.discard(key, tier)
-            # It may have been put again meanwhile: policy and store must agree.
-            self._mover.forget(tier, {key: None})
+        """Takes account of blocks that the mover found missing, or could not put."""
+        lost = self._mover.take_lost()
+        for tier in self._stores:
+            here = [one for one in lost if one.tier is tier]
+            for one in here:
+                self._tiers.discard(one.key, tier)
+            # They may have been put again meanwhile: policy and store must agree.
+            self._mover.forget(tier, {one.key: one.block_id for one in here})
+            if any(one.refused for one in here):
+                # The store holds less than it said. What it has now is what it can hold.
+                self._tiers.limit(tier, self._tiers.count(tier))
+                _LOG.warning("tier %s has room for %d blocks only", tier.label, self._tiers.count(tier))
 
     def _observe_read(self, tiers: Iterable[Tier], begun: int) -> None:
         seconds = (self._clock.monotonic_ns() - begun) / 1e9
@@ -337,7 +373,8 @@ class OffloadEngine:
         for tier, capacity in self._capacities.items():
             held = self._tiers.count(tier)
             self._metrics.gauge("kvbm_blocks_allocated", held, tier=tier.label)
-            self._metrics.gauge("kvbm_blocks_free", capacity - held, tier=tier.label)
+            if capacity < sys.maxsize:
+                self._metrics.gauge("kvbm_blocks_free", capacity - held, tier=tier.label)
 
 
 class _Deadline:
@@ -350,6 +387,26 @@ class _Deadline:
     def left(self) -> float | None:
         """Returns the seconds until then, at least 0; None for no end."""
         return None if self._end is None else max(self._end - self._clock.monotonic_ns(), 0) / 1e9
+
+
+def _check_stores(stores: Sequence[BlockStore], layout: KVLayout, identity: CacheIdentity) -> None:
+    """Raises `ConfigError` unless the stores can stand below this cache."""
+    tiers = [store.tier for store in stores]
+    if tiers != sorted(set(tiers)) or Tier.G1 in tiers or sum(tier is not Tier.G2 for tier in tiers) > 1:
+        named = ", ".join(tier.name for tier in tiers)
+        raise ConfigError(f"stores of the tiers [{named}]: allowed are G2, one store below it, or both in this order")
+    for store in stores:
+        if store.block_bytes != layout.block_bytes:
+            raise ConfigError(
+                f"the {store.tier.name} store has blocks of {store.block_bytes:,} bytes, the cache of "
+                f"{layout.block_bytes:,}; open it for this layout"
+            )
+        theirs = getattr(store, "identity", identity)
+        if theirs != identity:
+            raise ConfigError(
+                f"the {store.tier.name} store holds blocks of another cache ({theirs.difference(identity)}); open it "
+                "for this model and layout"
+            )
 
 
 def _capacity(store: BlockStore) -> int:

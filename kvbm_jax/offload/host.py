@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.offload.allocator import PAGE_BYTES, Allocator, AnonymousAllocator
-from kvbm_jax.offload.buffers import check_out, check_rows
+from kvbm_jax.offload.checks import check_out, check_rows
 from kvbm_jax.protocols import BlockKey, BlockRecord, Outcome, StoreRow, StoreStats, Tier
 
 __all__ = ["HostBlockStore"]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.layout import KVLayout
 
-__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_for", "rows_of", "warm_up"]
+__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_for", "rows_of_array", "warm_up"]
 
 SMALL = 4
 """R of a small staging array."""
@@ -83,7 +83,7 @@ class StagingRing:
             self.release(self.gather(cache, np.full((rows,), cache.layout.num_blocks, np.int32)))
 
 
-def rows_of(array: jax.Array) -> NDArray[np.uint8]:
+def rows_of_array(array: jax.Array) -> NDArray[np.uint8]:
     """Waits for a staging array and returns its bytes on the host, u8[R, P]; on CPU a view of its memory."""
     host = np.asarray(array)
     return host.reshape(host.shape[0], -1).view(np.uint8)

@@ -34,7 +34,7 @@ class VictimTiers[K: Hashable]:
     """
 
     def __init__(self, capacities: Sequence[tuple[Tier, int]]) -> None:
-        self._capacities = tuple(capacities)
+        self._limits = dict(capacities)
         self._held: dict[Tier, OrderedDict[K, None]] = {tier: OrderedDict() for tier, _ in capacities}
 
     def locate(self, key: K) -> Tier | None:
@@ -56,7 +56,7 @@ class VictimTiers[K: Hashable]:
           What happens, first to this block, then to those that have to make way for it.
         """
         moves: list[Move[K]] = []
-        for tier, capacity in self._capacities:
+        for tier, capacity in self._limits.items():
             if tier <= source or capacity == 0:
                 continue
             held = self._held[tier]
@@ -72,6 +72,22 @@ class VictimTiers[K: Hashable]:
             key, source = victim, tier
         moves.append(Move(key, source, None))
         return moves
+
+    def insert(self, key: K, tier: Tier) -> list[Move[K]]:
+        """Makes a block the most recent of one tier, as a copy.
+
+        Returns:
+          What has to make way for it, and goes nowhere.
+        """
+        held = self._held[tier]
+        held[key] = None
+        held.move_to_end(key)
+        surplus = len(held) - self._limits[tier]
+        return [Move(held.popitem(last=False)[0], tier, None) for _ in range(surplus)]
+
+    def limit(self, tier: Tier, blocks: int) -> None:
+        """Has a tier take no more than `blocks` from now on."""
+        self._limits[tier] = min(blocks, self._limits[tier])
 
     def discard(self, key: K, tier: Tier) -> None:
         """Forgets a block that a tier turned out not to hold, or has lost."""
@@ -99,20 +115,20 @@ class Plan[K](NamedTuple):
 
     transfers: list[Transfer[K]]  # to be read from their origins before anything is removed
     removed: list[tuple[K, Tier]]  # held below G1 before the moves, to be deleted there before anything is written
-    dropped: list[tuple[K, Tier]]  # tiers whose claim ends without the block going down: it is gone, or there already
+    dropped: list[K]  # blocks of the device that go nowhere: they are gone, or a lower tier has them already
 
 
 def plan[K: Hashable](moves: Sequence[Move[K]]) -> Plan[K]:
     """Sums moves up, in their order."""
     arriving: dict[tuple[K, Tier], Tier] = {}  # (block, tier) -> where its bytes are
     removed: list[tuple[K, Tier]] = []
-    dropped: list[tuple[K, Tier]] = []
+    dropped: list[K] = []
     for key, source, target, present in moves:
         origin = arriving.pop((key, source), source)
         if origin is source and source > Tier.G1:
             removed.append((key, source))
-        if target is None or present:
-            dropped.append((key, origin))
-        else:
+        if target is not None and not present:
             arriving[key, target] = origin
+        elif origin is Tier.G1:
+            dropped.append(key)
     return Plan([Transfer(key, origin, target) for (key, target), origin in arriving.items()], removed, dropped)

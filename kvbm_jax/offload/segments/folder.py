@@ -190,6 +190,8 @@ class SegmentFolder:
         """Lets another store have the folder. Idempotent."""
         lock, self._lock = self._lock, None
         if lock is not None:
+            # Said, not left to the last descriptor: a forked process has one too.
+            fcntl.flock(lock, fcntl.LOCK_UN)
             os.close(lock)
 
     def write(self, record: SegmentRecord, rows: Sequence[NDArray[np.uint8]]) -> tuple[Path, int]:

@@ -22,6 +22,7 @@ Axes: n blocks of a call, P bytes of a block.
 """
 
 import collections
+import errno
 import logging
 import os
 import threading
@@ -37,7 +38,7 @@ from numpy.typing import NDArray
 
 from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.identity import CacheIdentity
-from kvbm_jax.offload.buffers import check_out, check_rows
+from kvbm_jax.offload.checks import check_out, check_rows
 from kvbm_jax.offload.segments import folder as files
 from kvbm_jax.offload.segments.index import Entry, Segment, SegmentIndex
 from kvbm_jax.offload.segments.record import SegmentRecord, StoredBlock, encode
@@ -276,8 +277,11 @@ class SegmentBlockStore:
             return
         assert call.buffer is not None  # noqa: S101 (a get has one)
         out = call.buffer
-        reasons = files.read_rows([files.Wanted(read.segment.path, read.row, out[read.position]) for read in reads])
         rows = [StoreRow(Outcome.MISS)] * len(call.keys)
+        try:
+            reasons = files.read_rows([files.Wanted(read.segment.path, read.row, out[read.position]) for read in reads])
+        except Exception as error:  # noqa: BLE001 (TensorStore has no error class of its own, and memory may be short)
+            reasons = [" ".join(f"{type(error).__name__}: {error}".split())[:400]] * len(reads)
         for read, reason in zip(reads, reasons, strict=True):
             rows[read.position] = self._verified(read.entry, reason, out[read.position])
         with self._lock:
@@ -420,7 +424,7 @@ class SegmentBlockStore:
             # Orbax and TensorStore have no error class of their own; whatever it was, the blocks were not written.
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:400]
             _LOG.warning("writing %d blocks to %s failed: %s", len(news), self._folder.root, reason)
-            return StoreRow(Outcome.FAILED, reason=reason)
+            return StoreRow(Outcome.REFUSED if _is_full(error) else Outcome.FAILED, reason=reason)
         return None
 
     def _record(self, blocks: Sequence[StoredBlock]) -> SegmentRecord:
@@ -579,3 +583,9 @@ class SegmentBlockStore:
         full = block * (self._max_segment_blocks - 1) + one
         segments, rest = divmod(max(usable, 0), full)
         return segments * self._max_segment_blocks + (max(rest - (one - block), 0) // block)
+
+
+def _is_full(error: Exception) -> bool:
+    """Whether a write failed for want of room; TensorStore says so in words only."""
+    number = getattr(error, "errno", None)
+    return number in {errno.ENOSPC, errno.EDQUOT} or os.strerror(errno.ENOSPC) in str(error)

@@ -5,6 +5,7 @@ array and comes back when nothing refers to that array's memory any more: no vie
 JAX array that took it over without a copy.
 """
 
+import collections
 import threading
 import weakref
 
@@ -38,8 +39,10 @@ class BufferPool:
     def __init__(self, *, max_free: int = 3) -> None:
         self._max_free = max_free
         self._free: list[NDArray[np.uint8]] = []
+        # Where leases end: at any moment, in the middle of a call too, by garbage collection.
+        self._returned: collections.deque[NDArray[np.uint8]] = collections.deque()
         self._allocator = AnonymousAllocator()
-        self._lock = threading.RLock()  # a lease may end in the middle of a call, by garbage collection
+        self._lock = threading.Lock()
 
     def lend(self, count: int, block_bytes: int) -> NDArray[np.uint8]:
         """Returns memory u8[count, block_bytes], of any contents, at a multiple of 4,096."""
@@ -47,17 +50,15 @@ class BufferPool:
         if not wanted:
             return np.empty((count, block_bytes), np.uint8)
         with self._lock:
-            fitting = [i for i, memory in enumerate(self._free) if memory.nbytes >= wanted]
-            memory = self._free.pop(min(fitting, key=lambda i: self._free[i].nbytes)) if fitting else None
+            while self._returned:
+                self._free.append(self._returned.popleft())
+            self._free.sort(key=len)
+            del self._free[: -self._max_free]
+            fitting = (i for i, memory in enumerate(self._free) if memory.nbytes >= wanted)
+            place = next(fitting, None)
+            memory = None if place is None else self._free.pop(place)
         if memory is None:
             memory = self._allocator.allocate(wanted)
         lease = _Lease(memory)
-        weakref.finalize(lease, self._take_back, memory).atexit = False
+        weakref.finalize(lease, self._returned.append, memory).atexit = False
         return np.frombuffer(lease, np.uint8, wanted).reshape(count, block_bytes)
-
-    def _take_back(self, memory: NDArray[np.uint8]) -> None:
-        with self._lock:
-            self._free.append(memory)
-            if len(self._free) > self._max_free:
-                self._free.sort(key=len)
-                del self._free[0]

@@ -6,7 +6,7 @@ import jax
 import numpy as np
 import pytest
 
-from kvbm_jax.offload.leases import BufferPool
+from kvbm_jax.offload.buffer_pool import BufferPool
 
 
 def address(array):
