@@ -145,9 +145,10 @@ class BlockStore(Protocol):
     from the call itself: wrong shapes `LayoutError`, a closed store `BlockStateError`. Until a future is done
     the buffers passed belong to the store.
 
-    Calls may come from any thread. A put is atomic per block: its bytes can be read from the moment its
-    future resolves OK or PRESENT, as long as nobody deletes it; before that a get may miss, and never sees a
-    part. Persistent stores resolve a put when it would survive a power cut.
+    Puts and deletes that name the same key take effect, and resolve, in the order of the calls. Calls may come
+    from any thread. A put is atomic per block: its bytes can be read from the moment its future resolves OK or
+    PRESENT, as long as nobody deletes it; before that a get may miss, and never sees a part. Persistent stores
+    resolve a put when it would survive a power cut.
     """
 
     @property

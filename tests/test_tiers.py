@@ -719,6 +719,33 @@ def test_a_block_that_fails_in_one_tier_is_read_from_the_next():
         assert serve(manager, prompt(0, 6)) == {Tier.G2: 20, Tier.G3: 4}
 
 
+def test_a_disk_that_lies_is_a_counted_miss_and_a_recomputation(tmp_path, caplog):
+    """A byte flipped in every file of the folder, in the middle and at the end; then a file cut short."""
+
+    def flip(path):
+        data = bytearray(path.read_bytes())
+        data[len(data) // 2] ^= 0x40
+        data[-1] ^= 1
+        path.write_bytes(data)
+
+    prompts = [prompt(first, 6) for first in range(0, 4000, 1000)]
+    for damage in (flip, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])):
+        with make(32, **disk(tmp_path)) as manager:
+            for tokens in prompts:
+                serve(manager, tokens)
+        for path in [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]:
+            damage(path)
+        metrics = InMemoryMetrics()
+        with make(32, metrics=metrics, **disk(tmp_path)) as manager:
+            unreadable = manager.tier_stats()[Tier.G3].unreadable
+            for tokens in prompts:
+                serve(manager, tokens)  # right contents, wherever they come from
+            failures = sum(value for name, value in metrics.snapshot().items() if "failures" in name)
+            assert unreadable or failures
+            settle(manager)
+    assert "seg-" in caplog.text
+
+
 def test_corrupt_host_memory_never_reaches_the_device():
     metrics = InMemoryMetrics()
     with make(7, metrics=metrics, host_blocks=20, **HOST) as manager:
