@@ -32,16 +32,15 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from kvbm_jax import grants
-from kvbm_jax.block_pool import BlockCounts, BlockPool, EvictedBlocks
-from kvbm_jax.cache import KVCache, copy_blocks, scrub_blocks
+from kvbm_jax.block_pool import BlockCounts
+from kvbm_jax.cache import KVCache
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
-from kvbm_jax.device_cache import DeviceCache
+from kvbm_jax.device_tier import DeviceTier
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Hasher, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
-from kvbm_jax.offload import staging
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
 from kvbm_jax.residency import Residency
@@ -130,10 +129,20 @@ class BlockManager:
         self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
         self._tickets = 0
         self._closed = False
-        self._cache = DeviceCache(self.layout)
-        self._book = self._new_pool()
-        self._update_gauges()
-        self._residency = Residency(self._publisher, self._metrics, self._open_engine(stores))
+        engine = self._open_engine(stores)
+        try:
+            self._device = DeviceTier(
+                self.layout,
+                max_sequences=max_sequences,
+                max_blocks=self._max_blocks,
+                residency=Residency(self._publisher, self._metrics, engine),
+                metrics=self._metrics,
+                clock=self._clock,
+            )
+        except BaseException:
+            if engine is not None:
+                engine.close(0)
+            raise
 
     def _open_engine(self, stores: abc.Sequence[BlockStore] | None) -> OffloadEngine | None:
         with contextlib.ExitStack() as opened:
@@ -153,14 +162,6 @@ class BlockManager:
             )
             opened.pop_all()
         return engine
-
-    def _new_pool(self) -> BlockPool:
-        return BlockPool(
-            num_blocks=self.layout.num_blocks,
-            block_size=self.layout.block_size,
-            max_sequences=self._max_sequences,
-            max_blocks=self._max_blocks,
-        )
 
     # Sequences.
 
@@ -230,12 +231,12 @@ class BlockManager:
             )
         row, hashes = self._free_row(), seq.hash_blocks(count // size)
         reusable = (count - 1) // size if seq.reuse else 0
-        resident = self._book.match(hashes[:reusable]) if reusable else 0
+        resident = self._device.pool.match(hashes[:reusable]) if reusable else 0
         loaded = None
-        if resident < reusable and self._residency.has_tiers:
+        if resident < reusable and self._device.residency.has_tiers:
             # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
-            self._book.require_room(-(-count // size) - resident)
-            loaded = self._residency.load(hashes[resident:reusable])
+            self._device.pool.require_room(-(-count // size) - resident)
+            loaded = self._device.residency.load(hashes[resident:reusable])
         self._admit(seq, row, reusable, loaded)
         self._metrics.count("kvbm_prefix_query_tokens_total", count)
         for tier, found in seq.hits.items():
@@ -244,27 +245,23 @@ class BlockManager:
     @_whole
     def _admit(self, seq: Sequence, row: int, reusable: int, loaded: Loaded | None) -> None:
         """Gives a sequence a row and its blocks, and brings loaded ones into them."""
-        begun = self._clock.monotonic_ns()
-        started = self._book.start(row, seq.hashes, reusable, len(seq.tokens))
         self._enter(seq, row)
-        seq.num_cached = started.num_cached
-        seq.num_registered = started.num_cached // self.layout.block_size
-        seq.hits = {Tier.G1: started.num_cached}
         try:
-            self._after_allocation(begun, started.evicted)
-            if loaded is not None:
-                self._onboard(seq, loaded)
+            seq.num_cached = self._device.start(row, seq.hashes, reusable, len(seq.tokens))
         except Exception:
-            if not seq.released:
-                self.release(seq)
+            self._leave(seq)
             raise
+        seq.num_registered = seq.num_cached // self.layout.block_size
+        seq.hits = {Tier.G1: seq.num_cached}
+        if loaded is not None:
+            self._onboard(seq, loaded)
 
     def _onboard(self, seq: Sequence, loaded: Loaded) -> None:
         """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
         size, first = self.layout.block_size, seq.num_registered
         last = first + len(loaded.tiers)
         try:
-            self.run(staging.onboard, self._book.table(seq.row)[first:last], loaded.rows)
+            self._device.onboard(seq.row, first, last - first, loaded.rows)
         except CacheLostError:
             raise
         except Exception:  # noqa: BLE001 (no memory on the device, say: the blocks are computed instead)
@@ -286,11 +283,11 @@ class BlockManager:
         """
         self._check_running(seq)
         row = self._free_row()
-        self._book.fork(seq.row, row)
+        self._device.pool.fork(seq.row, row)
         copy = replace(seq, tokens=list(seq.tokens), may_share_tail=True)
         seq.may_share_tail = True
         self._enter(copy, row)
-        self._update_gauges()
+        self._device.update_gauges()
         return copy
 
     @_whole
@@ -301,17 +298,17 @@ class BlockManager:
           BlockStateError: if it is not running, or has not as many tokens with a slot.
         """
         self._check_running(seq)
-        length = self._book.length(seq.row)
+        length = self._device.pool.length(seq.row)
         if not 0 <= num_tokens <= length:
             raise BlockStateError(f"a sequence of {length} tokens cannot be rolled back to {num_tokens}")
-        self._book.trim(seq.row, num_tokens)
+        self._device.pool.trim(seq.row, num_tokens)
         whole = num_tokens // self.layout.block_size
         del seq.tokens[num_tokens:]
         seq.hashes = seq.hashes[:whole]
         seq.num_cached = min(seq.num_cached, num_tokens)
         seq.num_registered = min(seq.num_registered, whole)
         seq.may_share_tail = True
-        self._update_gauges()
+        self._device.update_gauges()
 
     def match(
         self,
@@ -322,7 +319,7 @@ class BlockManager:
         multimodal: Multimodal = (),
     ) -> int:
         """Returns how many leading tokens, in whole blocks, the device holds now; nothing is held for the caller."""
-        return self._book.match(self._hasher(tokens, salt, lora_name, multimodal)) * self.layout.block_size
+        return self._device.pool.match(self._hasher(tokens, salt, lora_name, multimodal)) * self.layout.block_size
 
     @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
@@ -340,15 +337,13 @@ class BlockManager:
             self._check_running(seq)
             counts[seq.row] = len(new)
         self._unshare([seq for seq, new in added.items() if new])
-        begun = self._clock.monotonic_ns()
         most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
-        statuses, evicted = self._book.extend(counts, most)
-        self._after_allocation(begun, evicted)
+        statuses = self._device.extend(counts, most)
         for seq, new in added.items():
             if statuses[seq.row] == Status.OK:
                 seq.tokens.extend(new)
         for status in statuses:
-            self._book.require(status, blocks=most)
+            self._device.pool.require(status, blocks=most)
 
     @_whole
     def register(self, seq: Sequence, num_computed: int | None = None) -> int:
@@ -365,23 +360,23 @@ class BlockManager:
           BlockStateError: if the sequence is not running, or has fewer slots.
         """
         count = self._register(seq, num_computed)
-        self._update_gauges()
+        self._device.update_gauges()
         return count
 
     def _register(self, seq: Sequence, num_computed: int | None = None) -> int:
         self._check_running(seq)
-        size, slots = self.layout.block_size, self._book.length(seq.row)
+        size, slots = self.layout.block_size, self._device.pool.length(seq.row)
         computed = slots if num_computed is None else num_computed
         if not 0 <= computed <= slots:
             raise BlockStateError(f"{computed} tokens cannot be computed in a sequence that has {slots} slots")
         first, last = seq.num_registered, computed // size
         if last <= first or not seq.reuse:
             return 0
-        done = self._book.register(seq.row, seq.hash_blocks(last)[first:], first)
+        done = self._device.pool.register(seq.row, seq.hash_blocks(last)[first:], first)
         seq.num_registered = last
         index = first + np.flatnonzero(done.new)
         if len(index):
-            self._residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
+            self._device.residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
         return len(index)
 
     def release(self, seq: Sequence) -> None:
@@ -393,14 +388,11 @@ class BlockManager:
         self._check_running(seq)
         if not self._closed:
             self._release(seq)
-        del self._running[seq.row]
-        seq.released = True
+        self._leave(seq)
 
     @_whole
     def _release(self, seq: Sequence) -> None:
-        self._book.release(seq.row)
-        self._residency.released(seq.hashes[: seq.num_registered])
-        self._update_gauges()
+        self._device.release(seq.row, seq.hashes[: seq.num_registered])
 
     # Compiled programs.
 
@@ -411,20 +403,17 @@ class BlockManager:
 
     def warm_up(self) -> None:
         """Compiles the manager's own programs, so that the first requests do not wait for them."""
-        self._book.warm_up()
-        self._residency.warm_up(self._cache.value)
-        if self._residency.has_tiers:
-            self.run(staging.warm_up)
+        self._device.warm_up()
 
     @property
     def cache(self) -> KVCache:
         """The cache as it is now. Programs that donate it go through `run`."""
-        return self._cache.value
+        return self._device.cache.value
 
     @property
     def sequences(self) -> SequenceBatch:
         """Tables and lengths of the running sequences, on the device of the cache; a value, not a view."""
-        return self._cache.beside(self._book.sequences)
+        return self._device.cache.beside(self._device.pool.sequences)
 
     def run[**P, R](
         self,
@@ -448,9 +437,9 @@ class BlockManager:
             runs any more, and an event says so.
         """
         try:
-            return self._cache.run(step, *args, **kwargs)
+            return self._device.cache.run(step, *args, **kwargs)
         except BaseException:
-            if self._cache.is_lost:
+            if self._device.cache.is_lost:
                 self._lose()
             raise
 
@@ -476,24 +465,22 @@ class BlockManager:
             self._check_running(seq)
             if num_tokens < 0:
                 raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
-            length = self._book.length(seq.row)
+            length = self._device.pool.length(seq.row)
             needed = -(-(length + num_tokens) // size)
             if needed > self._max_blocks:
                 raise SequenceTooLongError(
                     f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
                     f"{self._max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
                 )
-            count += max(needed - len(self._book.table(seq.row)), 0)
+            count += max(needed - len(self._device.pool.table(seq.row)), 0)
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
         self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
-        begun = self._clock.monotonic_ns()
-        grant, evicted = self._book.reserve(count, max_blocks)
-        self._after_allocation(begun, evicted)
+        grant = self._device.reserve(count, max_blocks)
         self._tickets += 1
         block_ids = np.asarray(grant.block_ids)[:count].copy()
         self._grants[self._tickets] = (tuple(growth), block_ids)
-        return self._cache.beside(replace(grant, ticket=jnp.int32(self._tickets)))
+        return self._device.cache.beside(replace(grant, ticket=jnp.int32(self._tickets)))
 
     @_whole
     def commit(
@@ -535,12 +522,12 @@ class BlockManager:
                     "name every token that the loop fed"
                 )
         self._spend(grant)
-        self._book.adopt([seq.row for seq in live], running, block_ids)
+        self._device.pool.adopt([seq.row for seq in live], running, block_ids)
         for seq, new in added.items():
             seq.tokens.extend(new)
         for seq in added:
             self._register(seq)
-        self._update_gauges()
+        self._device.update_gauges()
 
     @_whole
     def give_back(self, grant: grants.Grant) -> None:
@@ -551,8 +538,8 @@ class BlockManager:
         """
         _, block_ids = self._outstanding(grant)
         self._spend(grant)
-        self._book.adopt([], self._book.sequences, block_ids)
-        self._update_gauges()
+        self._device.pool.adopt([], self._device.pool.sequences, block_ids)
+        self._device.update_gauges()
 
     # Blocks outside sequences.
 
@@ -570,13 +557,11 @@ class BlockManager:
         """
         if count < 0:
             raise ConfigError(f"count is {count}; it must be at least 0")
-        begun = self._clock.monotonic_ns()
-        block_ids, generations, evicted = self._book.allocate(count)
-        self._after_allocation(begun, evicted)
+        block_ids, generations = self._device.allocate(count)
         if scrub:
-            self._scrub(block_ids)
+            self._device.scrub(block_ids)
         return [
-            Block(int(block), int(generation), self._book, self._free_if_current)
+            Block(int(block), int(generation), self._device.pool, self._free_if_current)
             for block, generation in zip(block_ids, generations, strict=True)
         ]
 
@@ -587,16 +572,16 @@ class BlockManager:
         Raises:
           BlockStateError: if one was freed before or is named twice; none is freed then.
         """
-        self._book.free(*self._columns(blocks))
-        self._update_gauges()
+        self._device.pool.free(*self._columns(blocks))
+        self._device.update_gauges()
 
     def scrub(self) -> int:
         """Zeroes every block that holds nothing, and returns how many: what tenants that are gone have left.
 
         With `clear` before it, only what running sequences hold stays.
         """
-        block_ids = self._book.reset_blocks()
-        self._scrub(block_ids)
+        block_ids = self._device.pool.reset_blocks()
+        self._device.scrub(block_ids)
         return len(block_ids)
 
     def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
@@ -606,8 +591,8 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if shape or layer do not fit.
         """
-        self._book.check(*self._columns([block]))
-        self._cache.store_layer(block.block_id, layer, data)
+        self._device.pool.check(*self._columns([block]))
+        self._device.cache.store_layer(block.block_id, layer, data)
 
     def load_kv(self, block: Block, layer: int) -> jax.Array:
         """Reads one layer of a block: [C, T, H, D], keys then values.
@@ -616,8 +601,8 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if the layer does not exist.
         """
-        self._book.check(*self._columns([block]))
-        return self._cache.load_layer(block.block_id, layer)
+        self._device.pool.check(*self._columns([block]))
+        return self._device.cache.load_layer(block.block_id, layer)
 
     # Events, numbers, the end.
 
@@ -634,19 +619,16 @@ class BlockManager:
 
     def stats(self) -> BlockCounts:
         """Returns the numbers of reset, inactive (cached) and held blocks."""
-        return self._book.stats()
+        return self._device.pool.stats()
 
     def tier_stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters of the tiers below the device."""
-        return self._residency.stats()
+        return self._device.residency.stats()
 
     @_whole
     def clear(self) -> int:
         """Forgets every cached block that no sequence holds, in all tiers, and returns how many were on the device."""
-        evicted = self._book.evict()
-        self._residency.cleared(evicted)
-        self._update_gauges()
-        return len(evicted.block_ids)
+        return self._device.clear()
 
     def flush(self, seconds: float | None = None) -> FlushReport:
         """Copies what is cached, on the device and in host memory, to the disk tier; nothing is evicted by it.
@@ -658,7 +640,7 @@ class BlockManager:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
         self._check_open()
-        return self._residency.flush(self._cache.value, seconds)
+        return self._device.flush(seconds)
 
     def close(self, seconds: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
@@ -677,7 +659,7 @@ class BlockManager:
         finally:
             self._closed = True
             try:
-                self._residency.close(seconds)
+                self._device.residency.close(seconds)
             finally:
                 self._bus.close()
 
@@ -691,19 +673,15 @@ class BlockManager:
 
     def _lose(self) -> None:
         """Forgets what the device holds; the tiers below keep theirs."""
-        for seq in self._running.values():
-            seq.released = True
-        self._running.clear()
+        for seq in list(self._running.values()):
+            self._leave(seq)
         self._grants.clear()
-        self._cache.renew()
-        self._book = self._new_pool()
-        self._residency.lost()
-        self._update_gauges()
+        self._device.renew()
 
     def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
         """Ids and generations of handles, which must be of this manager and of its present cache."""
         for block in blocks:
-            if block.owner is not self._book:
+            if block.owner is not self._device.pool:
                 raise BlockStateError(f"block {block.block_id} is of another manager, or was lost with the cache")
         block_ids = np.array([block.block_id for block in blocks], np.int32)
         return block_ids, np.array([block.generation for block in blocks], np.uint32)
@@ -719,7 +697,7 @@ class BlockManager:
         del self._grants[int(grant.ticket)]
 
     def _free_if_current(self, block: Block) -> None:
-        if block.owner is self._book and self._book.is_current(*self._columns([block])):
+        if block.owner is self._device.pool and self._device.pool.is_current(*self._columns([block])):
             self.free_blocks([block])
 
     def _free_row(self) -> int:
@@ -737,23 +715,19 @@ class BlockManager:
         seq.released = False
         self._running[row] = seq
 
+    def _leave(self, seq: Sequence) -> None:
+        """Has a sequence run no more."""
+        del self._running[seq.row]
+        seq.released = True
+
     def _unshare(self, growing: abc.Sequence[Sequence]) -> None:
         """Copies the tails of sequences that are about to be written where others hold them too."""
         rows = [seq.row for seq in growing if seq.may_share_tail]
         if not rows:
             return
-        begun = self._clock.monotonic_ns()
-        copied = self._book.unshare(rows)
-        self._after_allocation(begun, copied.evicted)
-        if np.any(copied.sources < self.layout.num_blocks):
-            self.run(_copy_blocks, copied.sources, copied.targets)
+        self._device.unshare(rows)
         for seq in growing:
             seq.may_share_tail = False
-
-    def _scrub(self, block_ids: NDArray[np.int32]) -> None:
-        padded = np.full((self.layout.num_blocks,), self.layout.num_blocks, np.int32)
-        padded[: len(block_ids)] = block_ids
-        self.run(_scrub_blocks, padded)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -762,25 +736,3 @@ class BlockManager:
     def _check_running(self, seq: Sequence) -> None:
         if self._running.get(seq.row) is not seq:
             raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")
-
-    def _after_allocation(self, begun: int, evicted: EvictedBlocks) -> None:
-        self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
-        self._residency.evicted(self._cache.value, evicted)
-        self._update_gauges()
-
-    def _update_gauges(self) -> None:
-        counts = self._book.stats()
-        self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
-        self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _scrub_blocks(cache: KVCache, block_ids: jax.Array) -> tuple[KVCache, None]:
-    """Zeroes blocks i32[N], padded with N; donates the cache."""
-    return scrub_blocks(cache, block_ids), None
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _copy_blocks(cache: KVCache, sources: jax.Array, targets: jax.Array) -> tuple[KVCache, None]:
-    """Copies blocks i32[B], padded with N; donates the cache."""
-    return copy_blocks(cache, sources, targets), None

@@ -40,6 +40,7 @@ FLOORS = {
         "manager",
         "residency",
         "device_cache",
+        "device_tier",
         "sizing",
         "tiers",
         "connector",

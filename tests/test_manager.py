@@ -42,7 +42,7 @@ def manager():
     """A manager whose pool keeps its laws to the end of the test."""
     with make() as owner:
         yield owner
-        invariants.assert_holds(owner._book._pool)
+        invariants.assert_holds(owner._device.pool._pool)
 
 
 def prompt(length, first=0):
@@ -62,7 +62,7 @@ def test_a_prefix_is_found_once_it_is_registered(manager):
     assert manager.match(prompt(10)) == 8
     second = manager.start(prompt(10))
     assert second.num_cached == 8
-    assert manager._book.table(second.row)[:2].tolist() == manager._book.table(first.row)[:2].tolist()
+    assert manager._device.pool.table(second.row)[:2].tolist() == manager._device.pool.table(first.row)[:2].tolist()
     manager.release(first)
     manager.release(second)
     assert manager.stats() == (6, 2, 0)
@@ -87,7 +87,7 @@ def test_equal_blocks_computed_twice_become_one(manager):
     one, two = manager.start(prompt(9)), manager.start(prompt(9))
     assert manager.register(one) == 2
     assert manager.register(two) == 0
-    assert manager._book.table(one.row)[:2].tolist() == manager._book.table(two.row)[:2].tolist()
+    assert manager._device.pool.table(one.row)[:2].tolist() == manager._device.pool.table(two.row)[:2].tolist()
     manager.release(one)
     manager.release(two)
     assert manager.stats() == (6, 2, 0)
@@ -171,9 +171,9 @@ def test_extend_step_by_step(manager):
     with manager.start(prompt(3)) as one, manager.start(prompt(8, 50)) as two:
         manager.extend({one: [3, 4], two: [58]})
         assert one.tokens == prompt(5)
-        assert manager._book.length(one.row) == 5
-        assert len(manager._book.table(one.row)) == 2
-        assert len(manager._book.table(two.row)) == 3
+        assert manager._device.pool.length(one.row) == 5
+        assert len(manager._device.pool.table(one.row)) == 2
+        assert len(manager._device.pool.table(two.row)) == 3
         manager.register(one)
         with pytest.raises(OutOfBlocksError):
             manager.extend({one: prompt(16, 5)})
@@ -235,10 +235,10 @@ def test_sequences_may_begin_and_end_while_a_loop_runs(manager):
     before = manager.sequences
     manager.release(two)
     three = manager.start(prompt(9, 100))
-    table = manager._book.table(three.row)
+    table = manager._device.pool.table(three.row)
     running, grant, _ = grants.extend(before, grant, jnp.array([4, 0], jnp.int32), max_blocks=2)
     manager.commit(grant, running, {one: prompt(4, 6)})
-    assert manager._book.table(three.row).tolist() == table.tolist()
+    assert manager._device.pool.table(three.row).tolist() == table.tolist()
     manager.release(one)
     manager.release(three)
     assert manager.stats().held == 0
@@ -257,7 +257,7 @@ def test_bad_tokens_change_nothing(manager):
     with manager.start(prompt(3)) as seq:
         with pytest.raises(HashingError, match="-1 at position 0"):
             manager.extend({seq: [-1]})
-        assert (manager._book.length(seq.row), seq.tokens) == (3, prompt(3))
+        assert (manager._device.pool.length(seq.row), seq.tokens) == (3, prompt(3))
         grant = manager.reserve({seq: 1})
         running, grant, _ = grants.extend(manager.sequences, grant, jnp.array([1, 0], jnp.int32))
         with pytest.raises(HashingError):
@@ -426,7 +426,7 @@ def test_an_interrupt_within_a_call_leaves_the_manager_empty_and_usable(verb, mo
         assert manager.stats() == (8, 0, 0)
         with manager.start(prompt(9)) as again:
             assert manager.register(again) == 2
-        invariants.assert_holds(manager._book._pool)
+        invariants.assert_holds(manager._device.pool._pool)
 
 
 def test_a_step_must_return_the_cache_first(manager):
@@ -458,13 +458,13 @@ def test_the_queue_is_compacted_in_time():
             with manager.start(prompt(13, 100 * (turn % 3))) as seq:
                 manager.register(seq)
         assert manager.stats() == (1, 3, 0)
-        invariants.assert_holds(manager._book._pool)
+        invariants.assert_holds(manager._device.pool._pool)
 
 
 def test_an_index_that_refuses_is_rehashed():
     """Prompts chosen so that 17 hashes share both sets of the index: the 17th finds them full."""
     with make(num_blocks=64, max_sequences=1) as manager:
-        sets = manager._book._pool.index.table.shape[0]
+        sets = manager._device.pool._pool.index.table.shape[0]
         hashes = {first: hash_sequence(prompt(SIZE, first), SIZE)[0] for first in range(0, 40_000, 7)}
         keys = jnp.asarray(np.array([[*h, 0] for h in hashes.values()], np.uint32))
         a, b, _ = (np.asarray(x) for x in block_index._mix(keys, jnp.uint32(0), sets))
@@ -476,8 +476,8 @@ def test_an_index_that_refuses_is_rehashed():
             with manager.start(prompt(SIZE, first)) as seq:
                 assert manager.register(seq) == 1
         assert all(manager.match(prompt(SIZE, first)) == SIZE for first in mates)
-        assert manager._book._seed > 0
-        invariants.assert_holds(manager._book._pool)
+        assert manager._device.pool._seed > 0
+        invariants.assert_holds(manager._device.pool._pool)
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_hits_are_those_of_the_rule_and_contents_are_right(capacities, seed):
             expected = {tier: count * SIZE for tier, count in model.serve(ids).items() if count}
             assert serve(manager, tokens_of(ids)) == expected
         settle(manager)
-        invariants.assert_holds(manager._book._pool)
+        invariants.assert_holds(manager._device.pool._pool)
         for batch in events.drain():
             for event in batch:
                 view.apply(event)
@@ -484,12 +484,12 @@ class Faulty:
 def assert_in_agreement(manager, stores, events, view):
     """Policy, stores and what a subscriber believes are the same."""
     settle(manager)
-    manager._residency._engine._forget_lost()
+    manager._device.residency._engine._forget_lost()
     settle(manager)
     held = believed(events, view)
     for store in stores:
         stored = {record.key.sequence_hash for _, record in store.records()}
-        known = {key.sequence_hash for key in manager._residency._engine._tiers.oldest_first(store.tier)}
+        known = {key.sequence_hash for key in manager._device.residency._engine._tiers.oldest_first(store.tier)}
         assert stored == known == held.get(store.tier, set())
 
 
@@ -524,7 +524,7 @@ def test_a_failed_put_is_a_miss_later_and_counted(faulty, tier):
         held = believed(events, view)
         for store in faulty.values():
             assert {record.key.sequence_hash for _, record in store.records()} == held[store.tier]
-            assert manager._residency._engine._tiers.count(store.tier) == len(held[store.tier])
+            assert manager._device.residency._engine._tiers.count(store.tier) == len(held[store.tier])
         assert sum(serve(manager, prompt(4000, 6)).values()) == 24
     failures = [value for name, value in metrics.snapshot().items() if "failures" in name]
     assert sum(failures) >= 8
@@ -703,7 +703,7 @@ def test_a_failed_read_is_a_miss_and_forgotten(faulty):
         assert serve(manager, prompt(0, 6)) == {}
         faulty[Tier.G2].fail_gets = False
         settle(manager)
-        invariants.assert_holds(manager._book._pool)
+        invariants.assert_holds(manager._device.pool._pool)
         assert manager.stats().held == 0
     assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="failed"}'] == 6
 
@@ -752,7 +752,7 @@ def test_corrupt_host_memory_never_reaches_the_device():
         serve(manager, prompt(0, 6))
         serve(manager, prompt(1000, 6))
         settle(manager)
-        store = manager._residency._engine._stores[Tier.G2]
+        store = manager._device.residency._engine._stores[Tier.G2]
         numbers = {record.key.sequence_hash: block_id for block_id, record in store.records()}
         third = numbers[hash_bytes(hash_sequence(prompt(0, 6), SIZE)[3])]
         store.slots[third, 5] ^= 1
@@ -781,7 +781,7 @@ def test_too_much_in_flight_drops_offloads_and_counts_them(faulty):
     metrics = InMemoryMetrics()
     with make(7, stores=[faulty[Tier.G3]], metrics=metrics) as manager:
         events, view = manager.subscribe_events(), View()
-        manager._residency._engine._max_bytes = 40 * BLOCK_BYTES
+        manager._device.residency._engine._max_bytes = 40 * BLOCK_BYTES
         faulty[Tier.G3].gate.clear()
         for first in range(0, 10_000, 1000):
             serve(manager, prompt(first, 6))
@@ -828,7 +828,7 @@ def test_staging_arrays_are_used_again():
         for first in range(0, 40_000, 1000):
             serve(manager, prompt(first, 36))
             settle(manager)
-        free = manager._residency._engine._ring._free
+        free = manager._device.residency._engine._ring._free
         assert {rows: len(arrays) for rows, arrays in free.items()} == {4: 1, 32: 1}
 
 

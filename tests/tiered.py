@@ -85,7 +85,7 @@ def serve(manager, tokens, **options):
 
 def settle(manager, seconds=60):
     """Waits for the moves under way."""
-    mover = manager._residency._engine._mover
+    mover = manager._device.residency._engine._mover
     mover.settle()
     assert mover.wait_idle(seconds)
     mover.settle()

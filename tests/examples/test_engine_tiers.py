@@ -29,7 +29,7 @@ def tiers(folder, host_blocks):
 
 def settle(engine):
     """Waits for the moves under way, which would share the processor with what is timed."""
-    mover = engine.manager._residency._engine._mover
+    mover = engine.manager._device.residency._engine._mover
     mover.settle()
     assert mover.wait_idle(60)
 

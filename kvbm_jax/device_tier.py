@@ -1,0 +1,169 @@
+"""G1: the pool, the cache tensors, and what the world and the tiers below know of them, changed together.
+
+Whatever takes a block away does it in one order: the pool decides, the contents of the evicted are gathered for the
+tiers below, and only then may a program write. The manager above knows tokens and sequences; here are rows and blocks.
+"""
+
+import functools
+
+import jax
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax import grants
+from kvbm_jax.block_pool import BlockPool, EvictedBlocks
+from kvbm_jax.cache import KVCache, copy_blocks, scrub_blocks
+from kvbm_jax.device_cache import DeviceCache
+from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload import staging
+from kvbm_jax.offload.engine import FlushReport
+from kvbm_jax.protocols import Clock, MetricsSink, Tier
+from kvbm_jax.residency import Residency
+
+__all__ = ["DeviceTier"]
+
+
+class DeviceTier:
+    """Owns what lies on the device; its methods are called from one thread.
+
+    Args:
+      layout: of the cache.
+      max_sequences: rows of the sequence batch.
+      max_blocks: blocks of a table.
+      residency: where evictions and registrations are told.
+      metrics: takes the device's gauges and the time of allocations.
+      clock: for durations.
+
+    Raises:
+      ConfigError: if the device has no room, or there is no CPU device for the pool.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        *,
+        max_sequences: int,
+        max_blocks: int,
+        residency: Residency,
+        metrics: MetricsSink,
+        clock: Clock,
+    ) -> None:
+        self._new_pool = functools.partial(
+            BlockPool,
+            num_blocks=layout.num_blocks,
+            block_size=layout.block_size,
+            max_sequences=max_sequences,
+            max_blocks=max_blocks,
+        )
+        self._layout = layout
+        self._metrics = metrics
+        self._clock = clock
+        self.residency = residency
+        self.cache = DeviceCache(layout)
+        self.pool = self._new_pool()
+        self.update_gauges()
+
+    def warm_up(self) -> None:
+        """Compiles the programs of this file and of the tiers below."""
+        self.pool.warm_up()
+        self.residency.warm_up(self.cache.value)
+        if self.residency.has_tiers:
+            self.cache.run(staging.warm_up)
+
+    def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> int:
+        """Gives a sequence its blocks; returns the tokens that were cached. See `BlockPool.start`."""
+        begun = self._clock.monotonic_ns()
+        started = self.pool.start(row, hashes, num_hashes, num_tokens)
+        try:
+            self._allocated(begun, started.evicted)
+        except Exception:
+            self.pool.release(row)
+            raise
+        return started.num_cached
+
+    def onboard(self, row: int, first: int, count: int, rows: NDArray[np.uint8]) -> None:
+        """Writes rows u8[M, P], as they were loaded, into `count` blocks of a sequence from index `first` on."""
+        self.cache.run(staging.onboard, self.pool.table(row)[first : first + count], rows)
+
+    def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> NDArray[np.int32]:
+        """Makes room for the next tokens of each row, i32[B]; returns i32[B] status. See `BlockPool.extend`."""
+        begun = self._clock.monotonic_ns()
+        statuses, evicted = self.pool.extend(num_tokens, max_blocks)
+        self._allocated(begun, evicted)
+        return statuses
+
+    def unshare(self, rows: list[int]) -> None:
+        """Copies the tails of rows that are about to be written where others hold them too. See `BlockPool.unshare`."""
+        begun = self._clock.monotonic_ns()
+        copied = self.pool.unshare(rows)
+        self._allocated(begun, copied.evicted)
+        if np.any(copied.sources < self._layout.num_blocks):
+            self.cache.run(_copy_blocks, copied.sources, copied.targets)
+
+    def reserve(self, count: int, max_blocks: int | None) -> grants.Grant:
+        """Sets blocks aside for a compiled loop. See `BlockPool.reserve`."""
+        begun = self._clock.monotonic_ns()
+        grant, evicted = self.pool.reserve(count, max_blocks)
+        self._allocated(begun, evicted)
+        return grant
+
+    def allocate(self, count: int) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
+        """Grants blocks that belong to no sequence: ids and generations. See `BlockPool.allocate`."""
+        begun = self._clock.monotonic_ns()
+        block_ids, generations, evicted = self.pool.allocate(count)
+        self._allocated(begun, evicted)
+        return block_ids, generations
+
+    def release(self, row: int, registered: NDArray[np.uint32]) -> None:
+        """Ends the sequence of a row, whose registered blocks have the hashes u32[M, 4]."""
+        self.pool.release(row)
+        self.residency.released(registered)
+        self.update_gauges()
+
+    def scrub(self, block_ids: NDArray[np.int32]) -> None:
+        """Zeroes blocks i32[n]."""
+        padded = np.full((self._layout.num_blocks,), self._layout.num_blocks, np.int32)
+        padded[: len(block_ids)] = block_ids
+        self.cache.run(_scrub_blocks, padded)
+
+    def clear(self) -> int:
+        """Forgets what is cached, here and in the tiers below; returns how many blocks were cached here."""
+        evicted = self.pool.evict()
+        self.residency.cleared(evicted)
+        self.update_gauges()
+        return len(evicted.block_ids)
+
+    def renew(self) -> None:
+        """Begins again with an empty pool, and with a new cache if that is lost; the tiers below keep theirs."""
+        self.cache.renew()
+        self.pool = self._new_pool()
+        self.residency.lost()
+        self.update_gauges()
+
+    def flush(self, seconds: float | None) -> FlushReport:
+        """Copies what is cached to the lowest tier. See `OffloadEngine.flush`."""
+        return self.residency.flush(self.cache.value, seconds)
+
+    def update_gauges(self) -> None:
+        """Tells the metrics how many blocks are in use."""
+        counts = self.pool.stats()
+        self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
+        self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+
+    def _allocated(self, begun: int, evicted: EvictedBlocks) -> None:
+        """Hands over what an allocation has evicted, before anything is written."""
+        self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
+        self.residency.evicted(self.cache.value, evicted)
+        self.update_gauges()
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scrub_blocks(cache: KVCache, block_ids: jax.Array) -> tuple[KVCache, None]:
+    """Zeroes blocks i32[N], padded with N; donates the cache."""
+    return scrub_blocks(cache, block_ids), None
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _copy_blocks(cache: KVCache, sources: jax.Array, targets: jax.Array) -> tuple[KVCache, None]:
+    """Copies blocks i32[B], padded with N; donates the cache."""
+    return copy_blocks(cache, sources, targets), None
