@@ -111,7 +111,7 @@ class _Tiers:
         self._ring = StagingRing(layout)
         self._buffers = BufferPool()
         self._records = self._new_records()
-        rows = self._buffers.lend(rows_for(len(contents)), BLOCK_BYTES)
+        rows = self._buffers.lend(rows_for(len(contents), BLOCK_BYTES), BLOCK_BYTES)
         rows[: len(contents)] = contents
         self._cache, _ = onboard(kv_cache.init(layout), self._block_ids, rows)
         self._ring.release(self._offload(self._records))
@@ -181,7 +181,7 @@ class _Tiers:
 
     def _load(self, store: BlockStore) -> None:
         """Brings the blocks of a store into the cache and waits for it."""
-        rows = self._buffers.lend(rows_for(len(self._records)), BLOCK_BYTES)
+        rows = self._buffers.lend(rows_for(len(self._records), BLOCK_BYTES), BLOCK_BYTES)
         _expect_ok(store.get([record.key for record in self._records], rows[: len(self._records)]))
         self._cache, _ = onboard(self._cache, self._block_ids, rows)
         for array in self._cache.arrays:

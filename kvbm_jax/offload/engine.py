@@ -171,7 +171,7 @@ class OffloadEngine:
             tiers.append(tier)
         for key, tier in zip(keys, tiers, strict=False):
             self._tiers.touch(key, tier)
-        rows = self._buffers.lend(rows_for(len(tiers)), self._block_bytes)
+        rows = self._buffers.lend(rows_for(len(tiers), self._block_bytes), self._block_bytes)
         if tiers:
             self._mover.settle()
         found = self._read(list(keys[: len(tiers)]), tiers, rows)
@@ -205,8 +205,9 @@ class OffloadEngine:
             origins[key] = Tier.G1
         wanted = list(origins.items())[-self._capacities[self._lowest] :]
         jobs: list[Job] = []
-        for first in range(0, len(wanted), _FLUSH_BLOCKS):
-            part = wanted[first : first + _FLUSH_BLOCKS]
+        step = max(min(_FLUSH_BLOCKS, self._max_bytes // (4 * self._block_bytes)), 1)
+        for first in range(0, len(wanted), step):
+            part = wanted[first : first + step]
             if not self._mover.wait_below(max(self._max_bytes // 2, 1), deadline.left()):
                 break
             self._forget_lost()
@@ -215,9 +216,8 @@ class OffloadEngine:
         self._forget_lost()
         self._update_gauges()
         results = [job.done.result() if job.done.done() else JobResult() for job in jobs]
-        begun = len(jobs) * _FLUSH_BLOCKS
         pending = sum(len(job.transfers) for job in jobs if not job.done.done())
-        pending += sum(not self._tiers.holds(key, self._lowest) for key, _ in wanted[begun:])
+        pending += sum(not self._tiers.holds(key, self._lowest) for key, _ in wanted[len(jobs) * step :])
         return FlushReport(sum(r.written for r in results), sum(r.failed for r in results), pending)
 
     def stats(self) -> dict[Tier, StoreStats]:

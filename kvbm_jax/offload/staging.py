@@ -23,13 +23,10 @@ from numpy.typing import NDArray
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.layout import KVLayout
 
-__all__ = ["LARGE", "SMALL", "StagingRing", "onboard", "rows_for", "rows_of_array", "warm_up"]
+__all__ = ["StagingRing", "onboard", "rows_for", "rows_of_array", "warm_up"]
 
-SMALL = 4
-"""R of a small staging array."""
-
-LARGE = 32
-"""R of a large staging array."""
+_SMALL, _LARGE = 4, 32
+_MAX_ARRAY_BYTES = 64 << 20  # of device memory, unless one block is more
 
 
 class StagingRing:
@@ -43,12 +40,12 @@ class StagingRing:
         self._block_shape = _block_shape(layout)
         self._block_bytes = layout.block_bytes
         self._dtype = jnp.dtype(layout.dtype)
-        self._free: dict[int, list[jax.Array]] = {SMALL: [], LARGE: []}
+        self._free: dict[int, list[jax.Array]] = {rows: [] for rows in _row_counts(layout.block_bytes)}
         self._lock = threading.Lock()
 
     def bytes_for(self, count: int) -> int:
         """Returns the bytes of the staging arrays that `count` blocks need."""
-        return rows_for(count) * self._block_bytes
+        return rows_for(count, self._block_bytes) * self._block_bytes
 
     def gather(self, cache: kv_cache.KVCache, block_ids: NDArray[np.int32]) -> list[jax.Array]:
         """Dispatches the gather of blocks i32[n] and returns at once.
@@ -59,7 +56,7 @@ class StagingRing:
         sharding = cache.arrays[0].sharding
         arrays = []
         first = 0
-        for rows in _sizes(len(block_ids)):
+        for rows in _sizes(len(block_ids), self._block_bytes):
             ids = np.full((rows,), cache.layout.num_blocks, np.int32)
             part = block_ids[first : first + rows]
             ids[: len(part)] = part
@@ -79,7 +76,7 @@ class StagingRing:
 
     def warm_up(self, cache: kv_cache.KVCache) -> None:
         """Compiles the gathers."""
-        for rows in (SMALL, LARGE):
+        for rows in _row_counts(self._block_bytes):
             self.release(self.gather(cache, np.full((rows,), cache.layout.num_blocks, np.int32)))
 
 
@@ -108,15 +105,15 @@ def onboard(
 def warm_up(cache: kv_cache.KVCache) -> tuple[kv_cache.KVCache, None]:
     """Compiles what `onboard` runs, by scattering nothing; takes the cache donated."""
     layout = cache.layout
-    for rows in (SMALL, LARGE):
+    for rows in _row_counts(layout.block_bytes):
         nowhere = np.full((rows,), layout.num_blocks, np.int32)
         cache, _ = onboard(cache, nowhere, np.zeros((rows, layout.block_bytes), np.uint8))
     return cache, None
 
 
-def rows_for(count: int) -> int:
+def rows_for(count: int, block_bytes: int) -> int:
     """Returns how many rows `onboard` reads for `count` blocks: the last piece is whole."""
-    return sum(_sizes(count))
+    return sum(_sizes(count, block_bytes))
 
 
 def _pieces(
@@ -124,7 +121,7 @@ def _pieces(
 ) -> Iterator[tuple[NDArray[np.int32], NDArray[np.generic]]]:
     """Cuts blocks into pieces of the sizes of staging arrays; what pads the last one goes nowhere."""
     first = 0
-    for size in _sizes(len(block_ids)):
+    for size in _sizes(len(block_ids), layout.block_bytes):
         ids = np.full((size,), layout.num_blocks, np.int32)
         part = block_ids[first : first + size]
         ids[: len(part)] = part
@@ -132,11 +129,18 @@ def _pieces(
         first += size
 
 
-def _sizes(count: int) -> list[int]:
-    """The staging arrays for `count` blocks: large ones, then small ones unless those would be as large."""
-    large, rest = divmod(count, LARGE)
-    small = -(-rest // SMALL)
-    return [LARGE] * large + ([SMALL] * small if small <= 2 else [LARGE])
+def _row_counts(block_bytes: int) -> tuple[int, int]:
+    """R of a small and of a large staging array."""
+    large = max(min(_LARGE, _MAX_ARRAY_BYTES // block_bytes), 1)
+    return min(_SMALL, large), large
+
+
+def _sizes(count: int, block_bytes: int) -> list[int]:
+    """The staging arrays for `count` blocks: large ones, then small ones unless a large one is hardly more."""
+    small, large = _row_counts(block_bytes)
+    full, rest = divmod(count, large)
+    few = -(-rest // small)
+    return [large] * full + ([small] * few if few <= 2 else [large])
 
 
 def _block_shape(layout: KVLayout) -> tuple[int, ...]:
