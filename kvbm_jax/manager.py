@@ -630,36 +630,36 @@ class BlockManager:
         """Forgets every cached block that no sequence holds, in all tiers, and returns how many were on the device."""
         return self._device.clear()
 
-    def flush(self, seconds: float | None = None) -> FlushReport:
+    def flush(self, deadline: float | None = None) -> FlushReport:
         """Copies what is cached, on the device and in host memory, to the disk tier; nothing is evicted by it.
 
         Args:
-          seconds: how long to wait; None for as long as it takes. What is under way then goes on.
+          deadline: seconds to wait; None for as long as it takes. What is under way then goes on.
 
         Returns:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
         self._check_open()
-        return self._device.flush(seconds)
+        return self._device.flush(deadline)
 
-    def close(self, seconds: float | None = 60.0, *, flush: bool = True) -> None:
+    def close(self, deadline: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
 
         Args:
-          seconds: how long flushing may take, and then what is under way; None for as long as it takes. A store in
+          deadline: seconds that flushing may take, and then what is under way; None for as long as it takes. A store in
             the middle of a call is waited for.
           flush: False to leave the disk tier as it is.
         """
         if self._closed:
             return
         try:
-            report = self.flush(seconds) if flush else FlushReport(0, 0, 0)
+            report = self.flush(deadline) if flush else FlushReport(0, 0, 0)
             if report.failed or report.pending:
                 _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
         finally:
             self._closed = True
             try:
-                self._device.residency.close(seconds)
+                self._device.residency.close(deadline)
             finally:
                 self._bus.close()
 

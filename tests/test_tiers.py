@@ -795,6 +795,25 @@ def test_too_much_in_flight_drops_offloads_and_counts_them(faulty):
         assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
 
 
+def test_a_hung_disk_does_not_hold_up_the_host_tier():
+    host = MemoryBlockStore(BLOCK_BYTES, capacity=12, tier=Tier.G2)
+    hung = Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=200, tier=Tier.G3))
+    metrics = InMemoryMetrics()
+    with make(7, stores=[host, hung], metrics=metrics) as manager:
+        events, view = manager.subscribe_events(), View()
+        manager._device.residency._engine._max_bytes = 64 * BLOCK_BYTES
+        hung.gate.clear()
+        for first in range(0, 20_000, 1000):
+            serve(manager, prompt(first, 6))
+            manager._device.residency._engine._mover.settle()
+        assert serve(manager, prompt(18_000, 6)) == {Tier.G2: 24}
+        found = metrics.snapshot()
+        assert found["kvbm_offload_dropped_blocks_total"] > 30
+        assert found["kvbm_transfer_in_flight_bytes"] <= 64 * BLOCK_BYTES
+        hung.gate.set()
+        assert_in_agreement(manager, [host, hung], events, view)
+
+
 def test_a_flush_ends_at_its_deadline(faulty):
     manager = make(16, stores=[faulty[Tier.G3]])
     faulty[Tier.G3].gate.clear()

@@ -8,7 +8,8 @@ the same requests finds. The bytes follow on one worker (`mover`), in the same o
                                                |                    |
     cache <--scatter-- verified rows <---------+--------------------+
 
-A decode step never waits: when too much is in flight, what is evicted is dropped and counted. Stores verify what they
+A decode step never waits: when a slow disk has too much in flight, what would go there is dropped and counted, and the
+host tier goes on; when even that is too much, what is evicted is dropped. Stores verify what they
 read; a block that cannot be had is a miss, is counted, and is forgotten.
 
 Axes: n blocks of a call, P bytes of a block.
@@ -33,7 +34,7 @@ from kvbm_jax.offload.buffer_pool import BufferPool
 from kvbm_jax.offload.calls import attempt, rows_of
 from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
 from kvbm_jax.offload.staging import StagingRing, rows_for
-from kvbm_jax.offload.victims import Transfer, VictimTiers, plan
+from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
 from kvbm_jax.protocols import (
     BlockKey,
     BlockRecord,
@@ -51,6 +52,7 @@ __all__ = ["FlushReport", "Loaded", "OffloadEngine", "Resident"]
 _LOG = logging.getLogger(__name__)
 _FLUSH_BLOCKS = 64
 _MAX_BYTES_IN_FLIGHT = 1 << 30
+_SHARE_OF_SLOW_TIERS = 0.75  # of these: the rest is for the way to host memory
 
 
 class Resident(NamedTuple):
@@ -144,17 +146,19 @@ class OffloadEngine:
         """
         self._forget_lost()
         new = sum(self._tiers.locate(block.record.key) is not self._top for block in evicted)
-        needed = self._ring.bytes_for(new) + new * self._block_bytes  # each may push another one down
-        in_flight = self._mover.bytes_in_flight
-        if in_flight and in_flight + needed > self._max_bytes:
-            self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
-            self._announcer.deleted(Tier.G1, {block.record.key: block.block_id for block in evicted})
-            return
-        moves = [move for block in evicted for move in self._tiers.offer(block.record.key)]
-        decided = plan(moves)
+        staged, in_flight = self._ring.bytes_for(new), self._mover.bytes_in_flight
+        needed = staged + new * self._block_bytes  # each may push another one down
         on_device = {block.record.key: block for block in evicted}
+        if not in_flight or in_flight + needed <= self._max_bytes * _SHARE_OF_SLOW_TIERS:
+            decided = plan([move for key in on_device for move in self._tiers.offer(key)])
+        elif self._top is not self._lowest and in_flight + staged <= self._max_bytes:
+            decided = self._only_to_top(on_device)
+        else:
+            decided = Plan([], [], list(on_device))
+            self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
         self._announcer.deleted(Tier.G1, {key: on_device[key].block_id for key in decided.dropped})
-        self._submit(cache, decided.transfers, decided.removed, on_device, is_copy=False)
+        if decided.transfers or decided.removed:
+            self._submit(cache, decided.transfers, decided.removed, on_device, is_copy=False)
         self._update_gauges()
 
     def load(self, keys: Sequence[BlockKey]) -> Loaded:
@@ -250,6 +254,18 @@ class OffloadEngine:
     def close(self, seconds: float | None) -> None:
         """Lets moves under way end, `seconds` at most, and closes the stores."""
         self._mover.close(seconds)
+
+    def _only_to_top(self, keys: Mapping[BlockKey, Resident]) -> Plan[BlockKey]:
+        """Offers blocks to the fastest tier alone; what that takes out is dropped."""
+        known = {key for key in keys if self._tiers.holds(key, self._top)}
+        gone = [move.key for key in keys for move in self._tiers.insert(key, self._top)]
+        self._metrics.count("kvbm_offload_dropped_blocks_total", len(gone))
+        kept = [key for key in keys if self._tiers.holds(key, self._top)]
+        return Plan(
+            [Transfer(key, Tier.G1, self._top) for key in kept if key not in known],
+            [(key, self._top) for key in gone if key not in keys or key in known],
+            [key for key in keys if key in known or key not in kept],
+        )
 
     def _adopt(self, store: BlockStore) -> None:
         """Takes over what a store holds, the oldest first."""
