@@ -12,8 +12,9 @@ Deletion is eager: each block remembers its way.
 Axes: N blocks, S sets (a power of two, at least N / 4), W = 8 ways, M keys of one call, 5 words of a key.
 """
 
+import math
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -72,13 +73,14 @@ def lookup(index: BlockIndex, keys: jax.Array) -> jax.Array:
       i32[...] block ids, N where no block holds the key.
     """
     num_blocks = index.ways.shape[0]
-    set_a, set_b, fingerprint = _mix(keys, index.seed, index.table.shape[0])
+    # Without barriers XLA computes the mix anew for every word of a row that it reads.
+    set_a, set_b, fingerprint = fence(_mix(keys, index.seed, index.table.shape[0]))
     found = jnp.full(keys.shape[:-1], num_blocks, jnp.int32)
     for sets in (set_a, set_b):
         row = index.table[sets]
         ids = row[..., :_WAYS]
         hit = (row[..., _WAYS:] == fingerprint[..., None]) & (ids < num_blocks)
-        block = jnp.min(jnp.where(hit, ids, num_blocks), axis=-1)
+        block = fence(jnp.min(jnp.where(hit, ids, num_blocks), axis=-1))
         held = index.keys.at[block].get(mode="fill", fill_value=0)
         equal = jnp.all(held == keys, axis=-1) & (block < num_blocks)
         found = jnp.where(equal, block, found)
@@ -102,55 +104,29 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
       The index, and i32[M] owners: the block that now holds the row's key (another row's for a repeated key), N where
       the key was refused or the row is not masked.
     """
-    num_blocks, (num_sets, width) = index.ways.shape[0], index.table.shape
+    num_blocks, num_sets = index.ways.shape[0], index.table.shape[0]
     count = blocks.shape[0]
-    nowhere = num_sets * width
-    set_a, set_b, fingerprint = _mix(keys, index.seed, num_sets)
+    nowhere = index.table.size
+    rows = _Rows(keys, blocks, *fence(_mix(keys, index.seed, num_sets)))
+    outcome = _Outcome(jnp.full((count,), num_blocks, jnp.int32), jnp.full((count,), nowhere, jnp.int32), mask)
+    table, outcome = _claim(index.table, rows, outcome, num_blocks)
 
-    def place(table: jax.Array, sets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """Returns the first free way, the number of free ways and whether the fingerprint may enter the set."""
-        row = table[sets]
-        free = row[:, :_WAYS] == num_blocks
-        fits = jnp.any(free, axis=1) & ~jnp.any(~free & (row[:, _WAYS:] == fingerprint[:, None]), axis=1)
-        way = jnp.argmax(free, axis=1).astype(jnp.int32)
-        return sets * width + way, jnp.sum(free, axis=1, dtype=jnp.int32), fits
+    # Few rows are left over by the first round, and only they go on.
+    few = _leftover(count, num_sets)
+    rank = jnp.cumsum(outcome.pending, dtype=jnp.int32)
+    slot = jnp.where(outcome.pending, rank - 1, few)
+    numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(jnp.arange(count, dtype=jnp.int32), mode="drop"))
+    rest = jax.tree.map(lambda leaf: leaf.at[numbers].get(mode="clip"), rows)
+    pending = numbers < count
+    owners, ways = (leaf.at[numbers].get(mode="clip") for leaf in outcome[:2])
 
-    def claim(
-        _: int, carry: tuple[jax.Array, jax.Array, jax.Array, jax.Array]
-    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        table, owners, ways, pending = carry
-        way_a, free_a, fits_a = place(table, set_a)
-        way_b, free_b, fits_b = place(table, set_b)
-        use_b = fits_b & (~fits_a | (free_b > free_a))
-        way = jnp.where(pending & (fits_a | fits_b), jnp.where(use_b, way_b, way_a), nowhere)
-        # A claim is the row's number less M: negative, so below every block id, and the first row's is the least.
-        rows = jnp.arange(-count, 0, dtype=jnp.int32)
-        claimed = table.reshape(-1).at[way].min(rows, mode="drop")
-        winner = claimed.at[way].get(mode="fill", fill_value=0) + count
-        won = (way != nowhere) & (winner == rows + count)
-        same = (way != nowhere) & ~won & jnp.all(keys.at[winner].get(mode="clip") == keys, axis=1)
-        way_won = jnp.where(won, way, nowhere)
-        table = (
-            claimed.at[way_won]
-            .set(blocks, mode="drop")
-            .at[jnp.where(won, way + _WAYS, nowhere)]
-            .set(fingerprint, mode="drop")
-            .reshape(num_sets, width)
-        )
-        owners = jnp.where(won, blocks, jnp.where(same, blocks.at[winner].get(mode="clip"), owners))
-        return table, owners, jnp.where(won, way, ways), pending & ~won & ~same
+    def again(_: int, carry: tuple[jax.Array, _Outcome]) -> tuple[jax.Array, _Outcome]:
+        return _claim(carry[0], rest, carry[1], num_blocks)
 
-    table, owners, ways, _ = jax.lax.fori_loop(
-        0,
-        _rounds(count, num_sets),
-        claim,
-        (
-            index.table,
-            jnp.full((count,), num_blocks, jnp.int32),
-            jnp.full((count,), nowhere, jnp.int32),
-            mask,
-        ),
-    )
+    rounds = _rounds(count, num_sets) - 1
+    table, late = jax.lax.fori_loop(0, rounds, again, (table, _Outcome(owners, ways, pending)))
+    owners = outcome.owners.at[numbers].set(late.owners, mode="drop")
+    ways = outcome.ways.at[numbers].set(late.ways, mode="drop")
     target = jnp.where(ways != nowhere, blocks, num_blocks)
     return (
         replace(
@@ -160,6 +136,60 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
             ways=index.ways.at[target].set(ways, mode="drop"),
         ),
         owners,
+    )
+
+
+class _Rows(NamedTuple):
+    """What is to be inserted."""
+
+    keys: jax.Array  # u32[M, 5]
+    blocks: jax.Array  # i32[M]
+    set_a: jax.Array  # i32[M]
+    set_b: jax.Array  # i32[M]
+    fingerprints: jax.Array  # i32[M]
+
+
+class _Outcome(NamedTuple):
+    """What has become of each row so far."""
+
+    owners: jax.Array  # i32[M]: the block that holds the key, N if none does yet
+    ways: jax.Array  # i32[M]: the way that the row has got; S * 2W if none
+    pending: jax.Array  # bool[M]
+
+
+def _claim(table: jax.Array, rows: _Rows, outcome: _Outcome, num_blocks: int) -> tuple[jax.Array, _Outcome]:
+    """One round: pending rows claim the first free way of the emptier of their sets; the first row of each set wins."""
+    num_sets, width = table.shape
+    count, nowhere = rows.blocks.shape[0], table.size
+    sets = jnp.stack([rows.set_a, rows.set_b])
+    row = table[sets]  # [2, M, 2W]
+    free = row[..., :_WAYS] == num_blocks
+    taken = jnp.any(~free & (row[..., _WAYS:] == rows.fingerprints[None, :, None]), axis=2)
+    num_free = jnp.where(taken, 0, jnp.sum(free, axis=2, dtype=jnp.int32))
+    choice = (num_free[1] > num_free[0]).astype(jnp.int32)
+    ways = sets * width + jnp.argmax(free, axis=2).astype(jnp.int32)
+    fits = outcome.pending & (jnp.max(num_free, axis=0) > 0)
+    fits, way = fence((fits, jnp.where(fits, jnp.where(choice == 1, ways[1], ways[0]), nowhere)))
+    # A claim is the row's number less M: negative, so below every block id, and the first row's is the least.
+    order = jnp.arange(-count, 0, dtype=jnp.int32)
+    claimed = table.reshape(-1).at[way].min(order, mode="drop")
+    claimed, winner = fence((claimed, claimed.at[way].get(mode="fill", fill_value=0) + count))
+    won = fits & (winner == order + count)
+    same = fits & ~won & jnp.all(rows.keys.at[winner].get(mode="clip") == rows.keys, axis=1)
+    won, same = fence((won, same))
+    target = jnp.where(won, way, nowhere)
+    table = (
+        claimed.at[target]
+        .set(rows.blocks, mode="drop")
+        .at[jnp.where(won, way + _WAYS, nowhere)]
+        .set(rows.fingerprints, mode="drop")
+        .reshape(num_sets, width)
+    )
+    owner = jnp.where(won, rows.blocks, rows.blocks.at[winner].get(mode="clip"))
+    return table, _Outcome(
+        jnp.where(won | same, owner, outcome.owners),
+        jnp.where(won, way, outcome.ways),
+        outcome.pending & ~won & ~same,
     )
 
 
@@ -219,6 +249,16 @@ def _rounds(count: int, num_sets: int) -> int:
         if expected < _FAILURE:
             return min(k, count)
     return min(2 * _WAYS, count)
+
+
+def _leftover(count: int, num_sets: int) -> int:
+    """How many of `count` random keys the first round leaves over, exceeded with a probability below `_FAILURE`."""
+    mean = count * 2 * count / num_sets
+    few = math.ceil(mean)
+    # Chernoff's bound of a Poisson tail.
+    while few < count and few - mean + few * math.log(mean / few) > math.log(_FAILURE):
+        few += 1
+    return min(few, count)
 
 
 def _mix(keys: jax.Array, seed: jax.Array, num_sets: int) -> tuple[jax.Array, jax.Array, jax.Array]:

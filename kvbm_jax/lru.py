@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from kvbm_jax.ordering import fence
 
-__all__ = ["LruQueue", "compact", "init", "last_occurrence", "pop", "push", "remove", "room"]
+__all__ = ["LruQueue", "compact", "init", "last_occurrence", "move", "pop", "push", "remove", "room"]
 
 _WORD: Final = 32
 _GROUP: Final = 1024
@@ -141,6 +141,50 @@ def remove(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
     return replace(_flip(queue, entry, -1), size=queue.size - jnp.sum(once, dtype=jnp.int32))
 
 
+def move(
+    queue: LruQueue, left: jax.Array, free: jax.Array, wanted: jax.Array, taken: jax.Array, idle: jax.Array
+) -> tuple[LruQueue, jax.Array]:
+    """Takes blocks out like `remove` and appends others like `push`, in one go.
+
+    Args:
+      queue: the queue; `room(queue)` must suffice for what is appended.
+      left: i32[K] blocks, repeats allowed.
+      free: bool[K], which of them nobody holds any more; not queued.
+      wanted: bool[K], which of those are appended, each where it is named last.
+      taken: i32[L] blocks, repeats allowed.
+      idle: bool[L], which of them are queued and taken out; none of them is free.
+
+    Returns:
+      The queue, and bool[K], the last occurrence of each free block, appended or not.
+    """
+    num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
+    count = left.shape[0]
+    position = queue.positions.at[taken].get(mode="fill", fill_value=0)
+    positions, position = fence((queue.positions, position))
+    queue, once = last_occurrence(
+        replace(queue, positions=positions), jnp.concatenate([left, taken]), jnp.concatenate([free, idle])
+    )
+    last, gone = once[:count], once[count:]
+    pushed = last & wanted
+    rank = jnp.cumsum(pushed, dtype=jnp.int32)
+    total = jnp.sum(pushed, dtype=jnp.int32)
+    target = queue.tail + (rank - 1).astype(jnp.uint32)
+    mask = jnp.uint32(capacity - 1)
+    entry = jnp.where(pushed, (target & mask).astype(jnp.int32), capacity)
+    hole = jnp.where(gone, (position & mask).astype(jnp.int32), capacity)
+    sign = jnp.where(jnp.arange(once.shape[0]) < count, 1, -1)
+    return (
+        replace(
+            _flip(queue, jnp.concatenate([entry, hole]), sign),
+            ring=queue.ring.at[entry].set(left, mode="drop"),
+            positions=queue.positions.at[jnp.where(pushed, left, num_blocks)].set(target, mode="drop"),
+            tail=queue.tail + total.astype(jnp.uint32),
+            size=queue.size + total - jnp.sum(gone, dtype=jnp.int32),
+        ),
+        last,
+    )
+
+
 def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue, jax.Array]:
     """Takes the `count` least recently released blocks.
 
@@ -162,18 +206,21 @@ def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue,
 
     rank = jnp.arange(max_count, dtype=jnp.int32)
     taken = rank < count
-    nth = jnp.searchsorted(ends, rank, side="right", method="scan_unrolled")
-    group = groups.at[nth].get(mode="clip")
+    # How many groups end at or before each rank: a histogram and its sum, since the ranks are consecutive.
+    nth = jnp.cumsum(jnp.zeros((max_count,), jnp.int32).at[ends].add(1, mode="drop"), dtype=jnp.int32)
+    group = fence(groups.at[nth].get(mode="clip"))
     rank = rank - (ends - counts).at[nth].get(mode="clip")
     words = queue.live[group]
-    word_ends = _prefix_sum(jax.lax.population_count(words).astype(jnp.int32))
+    # Sums of at most 1,024 are exact in float32.
+    upper = jnp.triu(jnp.ones((_WORDS_PER_GROUP, _WORDS_PER_GROUP), jnp.float32))
+    bits_set = jax.lax.population_count(words).astype(jnp.float32)
+    word_ends = jnp.matmul(bits_set, upper, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
     word = jnp.sum(word_ends <= rank[:, None], axis=1, dtype=jnp.int32)
     before = jnp.take_along_axis(word_ends, jnp.maximum(word - 1, 0)[:, None], axis=1, mode="clip")[:, 0]
     rank = rank - jnp.where(word > 0, before, 0)
     bits = jnp.take_along_axis(words, word[:, None], axis=1, mode="clip")[:, 0]
     entry = group * _GROUP + word * _WORD + _select_bit(bits, rank)
-    entry = jnp.where(taken, entry, capacity)
-
+    entry = fence(jnp.where(taken, entry, capacity))
     blocks = queue.ring.at[entry].get(mode="fill", fill_value=num_blocks)
     last = entry.at[jnp.maximum(count - 1, 0)].get(mode="clip")
     advance = ((last - head) % capacity + 1).astype(jnp.uint32)
@@ -217,25 +264,16 @@ def compact(queue: LruQueue) -> LruQueue:
     return _flip(empty, target, 1)
 
 
-def _flip(queue: LruQueue, entry: jax.Array, sign: int) -> LruQueue:
+def _flip(queue: LruQueue, entry: jax.Array, sign: jax.Array | int) -> LruQueue:
     """Sets (`sign` 1) or clears (-1) the bits of distinct ring entries i32[M], padded with R."""
+    entry = fence(entry)
     bit = jnp.uint32(1) << (entry % _WORD).astype(jnp.uint32)
-    bit = bit if sign > 0 else jnp.uint32(0) - bit
     group = entry // _GROUP
     return replace(
         queue,
-        live=queue.live.at[group, entry % _GROUP // _WORD].add(bit, mode="drop"),
+        live=queue.live.at[group, entry % _GROUP // _WORD].add(bit * jnp.asarray(sign).astype(jnp.uint32), mode="drop"),
         counts=queue.counts.at[group].add(sign, mode="drop"),
     )
-
-
-def _prefix_sum(x: jax.Array) -> jax.Array:
-    """Inclusive prefix sum along the last axis by doubling: log-many vector adds, far faster than a scan on CPU."""
-    shift = 1
-    while shift < x.shape[-1]:
-        x = x + jnp.pad(x[..., :-shift], [(0, 0)] * (x.ndim - 1) + [(shift, 0)])
-        shift *= 2
-    return x
 
 
 def _select_bit(word: jax.Array, rank: jax.Array) -> jax.Array:

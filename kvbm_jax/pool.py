@@ -41,6 +41,7 @@ from kvbm_jax.types import Status
 __all__ = [
     "AllocateResult",
     "DrawResult",
+    "EnterResult",
     "Evicted",
     "MatchResult",
     "PoolState",
@@ -52,10 +53,13 @@ __all__ = [
     "clear",
     "compact",
     "draw",
+    "enter",
     "evict",
     "init",
     "is_shared",
+    "keys_of",
     "match",
+    "move",
     "register",
     "rehash",
     "release",
@@ -105,6 +109,14 @@ class AllocateResult(NamedTuple):
     block_ids: jax.Array  # i32[B, M], padded with N
     status: jax.Array  # i32[B]
     evicted: Evicted
+
+
+class EnterResult(NamedTuple):
+    """What each block is after `enter`."""
+
+    canonical: jax.Array  # i32[F]: the block that holds the hash; the block itself if it does, or none does
+    registered: jax.Array  # bool[F]: newly registered by this call
+    status: jax.Array  # i32[F]
 
 
 class DrawResult(NamedTuple):
@@ -193,7 +205,7 @@ def scan(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.A
     Returns:
       i32[B, M] block ids, N where a hash is not resident. They are not held yet.
     """
-    return jnp.where(_asked(hashes, counts), block_index.lookup(state.index, _keys(hashes, group)), state.num_blocks)
+    return jnp.where(_asked(hashes, counts), block_index.lookup(state.index, keys_of(hashes, group)), state.num_blocks)
 
 
 def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
@@ -301,35 +313,44 @@ def register(
     _check_hashes(hashes)
     if hashes.shape[:2] != block_ids.shape:
         raise LayoutError(f"block_ids are {list(block_ids.shape)}, hashes {list(hashes.shape)}; give each block a hash")
-    num_blocks = state.num_blocks
     flat = block_ids.reshape(-1)
-    keys = _keys(hashes, group).reshape(-1, block_index.KEY_WORDS)
-    known = (flat >= 0) & (flat < num_blocks)
-    held = known & (_ref_counts(state, flat) > 0)
-    before = held & block_index.is_registered(state.index, flat)
+    state, entered = enter(state, flat, keys_of(hashes, group).reshape(-1, block_index.KEY_WORDS))
+    canonical = flat if keep_duplicates else entered.canonical
+    duplicate = canonical != flat
+    none = jnp.int32(state.num_blocks)
+    state = move(state, jnp.where(duplicate, flat, none), jnp.where(duplicate, canonical, none))
+    shape = block_ids.shape
+    result = RegisterResult(canonical.reshape(shape), entered.registered.reshape(shape), entered.status.reshape(shape))
+    return _seal(state, result)
+
+
+def enter(state: PoolState, blocks: jax.Array, keys: jax.Array) -> tuple[PoolState, EnterResult]:
+    """Registers like `register`, but leaves the holds to the caller: duplicates stay held and unregistered.
+
+    Args:
+      state: the pool.
+      blocks: i32[F] held blocks, padded with N.
+      keys: u32[F, 5], as `keys_of` makes them.
+    """
+    num_blocks = state.num_blocks
+    known = (blocks >= 0) & (blocks < num_blocks)
+    held = known & (_ref_counts(state, blocks) > 0)
+    before = held & block_index.is_registered(state.index, blocks)
 
     # A block named twice counts once, where it is named first.
-    inactive, once = lru.last_occurrence(state.inactive, flat[::-1], (held & ~before)[::-1])
+    inactive, once = lru.last_occurrence(state.inactive, blocks[::-1], (held & ~before)[::-1])
     state, once = replace(state, inactive=inactive), once[::-1]
     owner = block_index.lookup(state.index, keys)
     # All reads of the index come before its first write; without the barrier XLA copies it.
     index, owner, before, once = fence((state.index, owner, before, once))
     new = once & (owner == num_blocks)
-    index, inserted = block_index.insert(index, keys, flat, new)
-    own_key = jnp.all(index.keys.at[flat].get(mode="fill", fill_value=0) == keys, axis=1)
-    own_key &= block_index.is_registered(index, flat)
-    state = replace(state, index=index)
+    index, inserted = block_index.insert(index, keys, blocks, new)
+    own_key = jnp.all(index.keys.at[blocks].get(mode="fill", fill_value=0) == keys, axis=1)
+    own_key &= block_index.is_registered(index, blocks)
     owner = jnp.where(new, inserted, owner)
-
-    duplicate = once & (owner < num_blocks) & (owner != flat) & (not keep_duplicates)
-    state = _hold(state, owner, duplicate)
-    state = replace(state, ref_counts=state.ref_counts.at[jnp.where(duplicate, flat, num_blocks)].add(-1, mode="drop"))
-    counts, free = fence((state.ref_counts, duplicate & (_ref_counts(state, flat) == 0)))
-    state = _push_reset(replace(state, ref_counts=counts), flat, free)
-
     status = jnp.select(
         [
-            flat == num_blocks,
+            blocks == num_blocks,
             ~known,
             ~held,
             held & ~own_key & (before | ~once),
@@ -344,12 +365,34 @@ def register(
         ],
         jnp.int32(Status.OK),
     )
-    result = RegisterResult(
-        jnp.where(duplicate, owner, flat).reshape(block_ids.shape),
-        (new & (owner == flat)).reshape(block_ids.shape),
-        status.reshape(block_ids.shape),
-    )
-    return _seal(state, result)
+    canonical = jnp.where(once & (owner < num_blocks), owner, blocks)
+    return replace(state, index=index), EnterResult(canonical, new & (owner == blocks), status)
+
+
+def move(state: PoolState, dropped: jax.Array, taken: jax.Array) -> PoolState:
+    """Takes one holder from each dropped block, in their order, then adds one to each taken block, unchecked.
+
+    Args:
+      state: the pool; `release_room` must be at least the number of blocks that become inactive.
+      dropped: i32[K] held blocks, named no more often than they are held, padded with N.
+      taken: i32[L] registered or held blocks, padded with N.
+
+    Returns:
+      The pool as after `release` and `acquire`: a block that is dropped by its last holder becomes inactive or reset,
+      unless it is taken too.
+    """
+    count = dropped.shape[0]
+    named = jnp.concatenate([dropped, taken])
+    registered = block_index.is_registered(state.index, dropped)
+    idle = state.ref_counts.at[taken].get(mode="fill", fill_value=1) == 0
+    counts, idle = fence((state.ref_counts, idle))
+    change = jnp.where(jnp.arange(named.shape[0]) < count, -1, 1)
+    counts = counts.at[named].add(change, mode="drop")
+    free = counts.at[dropped].get(mode="fill", fill_value=1) == 0
+    counts, free, registered = fence((counts, free, registered))
+
+    inactive, last = lru.move(state.inactive, dropped, free, registered, taken, idle)
+    return _push_reset(replace(state, ref_counts=counts, inactive=inactive), dropped, last & ~registered)
 
 
 def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
@@ -472,6 +515,7 @@ def _seal[T](state: PoolState, result: T) -> tuple[PoolState, T]:
 def _evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
     """Takes inactive blocks out of queue and index; the caller gives them a new place."""
     inactive, blocks = lru.pop(state.inactive, count, max_count=max_count)
+    blocks = fence(blocks)
     keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
     evicted = Evicted(blocks, keys[:, :4], keys[:, 4], count)
     return replace(state, inactive=inactive, index=block_index.delete(state.index, blocks)), evicted
@@ -512,8 +556,8 @@ def _row_status(shape: tuple[int, ...], *faults: tuple[jax.Array, Status]) -> ja
     return status
 
 
-def _keys(hashes: jax.Array, group: jax.Array | int) -> jax.Array:
-    """Appends the group to hashes u32[..., 4]."""
+def keys_of(hashes: jax.Array, group: jax.Array | int) -> jax.Array:
+    """Appends the group to hashes u32[..., 4]: the keys u32[..., 5] of the index."""
     words = jnp.broadcast_to(jnp.asarray(group, jnp.uint32), (*hashes.shape[:-1], 1))
     return jnp.concatenate([hashes, words], axis=-1)
 

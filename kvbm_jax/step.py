@@ -21,6 +21,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax import index as block_index
 from kvbm_jax import pool, sequences
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.ordering import fence
@@ -60,10 +61,11 @@ def step(
 ) -> tuple[pool.PoolState, sequences.SequenceBatch, StepResult]:
     """Carries out a plan.
 
-    Pool and batch end as after `sequences.release`, `start`, `extend` and `register`, called in this order with what
-    the plan says, rows that grow in the plan's order, and with two differences. New rows and growing rows draw on one
-    allocation: once a new row is OUT_OF_BLOCKS, so are all rows that grow. And a step is not done by half: where what
-    it may release has no room in the inactive queue, nothing happens and every row and block gets QUEUE_FULL.
+    Tables, lengths, ref counts, generations, hashes, and the order of reset and of inactive blocks end as after
+    `sequences.release`, `start`, `extend` and `register`, called in this order with what the plan says, rows that grow
+    in the plan's order, with two differences. New rows and growing rows draw on one allocation: once a new row is
+    OUT_OF_BLOCKS, so are all rows that grow. And a step is not done by half: where what it may release has no room in
+    the inactive queue, nothing happens and every row and block gets QUEUE_FULL.
 
     Args:
       state: the pool.
@@ -93,12 +95,11 @@ def step(
     most = jnp.minimum(groups * jnp.sum(ended), held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
     room = most <= pool.release_room(state)
 
-    state, running, _ = sequences.release(state, running, jnp.where(room, plan.ending, batch))
-
     begun = wide & real & room
     cached = jnp.where(begun, cached, 0)
     prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)
-    state, _ = pool.acquire(state, prefix.reshape(prefix.shape[0], -1))
+    running, ended = _end(running, jnp.where(room, plan.ending, batch))
+    state = pool.move(state, ended, prefix.reshape(-1))
 
     fresh = jnp.where(begun, needed - cached, 0)
     growth = _growth(state, running, plan, max_blocks)
@@ -110,13 +111,12 @@ def step(
     )
     split = len(fresh)
     granted = begun & drawn.granted[:split]
-    refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
-    state, _ = pool.release(state, sequences.last_first(refused))
+    refused = sequences.last_first(jnp.where(granted[:, None, None], state.num_blocks, prefix))
 
     running = _begin(running, plan, granted, prefix, cached, drawn.first[:split], drawn.block_ids)
     grown = room & drawn.granted[split:] & (growth.status == Status.OK)
     running = _grow(running, plan, grown, growth, drawn.first[split:], drawn.block_ids, max_blocks)
-    state, running, registered, status = _register(state, running, plan, room)
+    state, running, registered, status = _register(state, running, plan, room, refused[:, ::-1].reshape(-1))
 
     def told(status: jax.Array) -> jax.Array:
         return jnp.where(room, status, Status.QUEUE_FULL).astype(jnp.int32)
@@ -145,12 +145,27 @@ class _Growth(NamedTuple):
 def _match(state: pool.PoolState, hashes: jax.Array, counts: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
     """Finds the longest prefix that every group can serve: i32[R, G, M] blocks, padded with N, and i32[R] how many."""
     asked = hashes.shape[1]
-    found = [pool.scan(state, hashes, counts, group=group) for group in range(groups)]
-    blocks = jnp.stack(found, axis=1)
+    keys = jnp.stack([pool.keys_of(hashes, group) for group in range(groups)], axis=1)
     column = jnp.arange(asked, dtype=jnp.int32)
+    blocks = block_index.lookup(state.index, keys)
+    blocks = jnp.where(column[None, None, :] < counts[:, None, None], blocks, state.num_blocks)
     miss = jnp.any(blocks == state.num_blocks, axis=1)
     cached = jnp.min(jnp.where(miss, column[None, :], asked), axis=1, initial=asked).astype(jnp.int32)
     return jnp.where(column[None, None, :] < cached[:, None, None], blocks, state.num_blocks), cached
+
+
+def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.SequenceBatch, jax.Array]:
+    """Empties rows: the batch, and the blocks that they held in the order of their release, i32[E * W * G]."""
+    tables = running.block_tables.at[:, rows].get(mode="fill", fill_value=running.pool_blocks)
+    blocks = sequences.last_first(tables.transpose(1, 0, 2))[:, ::-1].reshape(-1)
+    old, blocks = fence((running.block_tables, blocks))
+    emptied = replace(
+        running,
+        block_tables=old.at[:, rows].set(running.pool_blocks, mode="drop"),
+        lengths=running.lengths.at[rows].set(0, mode="drop"),
+        num_blocks=running.num_blocks.at[rows].set(0, mode="drop"),
+    )
+    return emptied, blocks
 
 
 def _growth(state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, max_blocks: int) -> _Growth:
@@ -223,17 +238,27 @@ def _grow(
 
 
 def _register(
-    state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, room: jax.Array
+    state: pool.PoolState,
+    running: sequences.SequenceBatch,
+    plan: StepPlan,
+    room: jax.Array,
+    refused: jax.Array,
 ) -> tuple[pool.PoolState, sequences.SequenceBatch, jax.Array, jax.Array]:
-    """Registers completed blocks in every group: pool, batch, bool[G, P] newly findable and i32[G, P] status."""
+    """Registers completed blocks in every group; gives back the `refused` ones before.
+
+    Returns:
+      Pool, batch, bool[G, P] newly findable and i32[G, P] status.
+    """
     groups, batch, _ = running.block_tables.shape
-    rows = jnp.where(room, plan.complete_rows, batch)
-    tables, registered, status = running.block_tables, [], []
-    for group in range(groups):
-        blocks = tables.at[group, rows, plan.complete_places].get(mode="fill", fill_value=running.pool_blocks)
-        state, result = pool.register(state, blocks[None], plan.complete_hashes[None], group=group)
-        tables, canonical = fence((tables, result.block_ids[0]))
-        tables = tables.at[group, rows, plan.complete_places].set(canonical, mode="drop")
-        registered.append(result.registered[0])
-        status.append(result.status[0])
-    return state, replace(running, block_tables=tables), jnp.stack(registered), jnp.stack(status)
+    rows, places = jnp.where(room, plan.complete_rows, batch), plan.complete_places
+    blocks = running.block_tables.at[:, rows, places].get(mode="fill", fill_value=running.pool_blocks)
+    keys = jnp.concatenate([pool.keys_of(plan.complete_hashes, group) for group in range(groups)])
+    state, entered = pool.enter(state, blocks.reshape(-1), keys)
+    old, canonical = fence((running.block_tables, entered.canonical.reshape(blocks.shape)))
+    duplicate = canonical != blocks
+    dropped = jnp.where(duplicate, blocks, running.pool_blocks).reshape(-1)
+    taken = jnp.where(duplicate, canonical, running.pool_blocks).reshape(-1)
+    state = pool.move(state, jnp.concatenate([refused, dropped]), taken)
+    tables = old.at[:, rows, places].set(canonical, mode="drop")
+    registered, status = (told.reshape(blocks.shape) for told in (entered.registered, entered.status))
+    return state, replace(running, block_tables=tables), registered, status

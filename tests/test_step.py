@@ -89,7 +89,6 @@ def observed(state, running):
         "generations": state.generations.tolist(),
         "reset": stack(state),
         "inactive": queue_order(state),
-        "room": int(pool.release_room(state)),
         "keys": np.where(registered[:, None], state.index.keys, 0).tolist(),
         "registered": registered.tolist(),
         "tables": running.block_tables.tolist(),
@@ -114,6 +113,7 @@ class Driver:
         self.state, self.running, result = jitted()["step"](self.state, self.running, plan)
         if verbs:
             assert observed(self.state, self.running) == observed(*verbs)
+            assert pool.release_room(self.state) >= pool.release_room(verbs[0])
         told = self.in_model(ending, starting, growing, complete)
         assert result.num_cached.tolist()[: len(starting)] == told["cached"]
         assert result.start_status.tolist()[: len(starting)] == told["start"]
