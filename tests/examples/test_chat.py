@@ -79,6 +79,8 @@ def test_the_scripted_session(capsys):
         assert row["speedup"] > 1
 
 
+@pytest.mark.long
+@pytest.mark.timeout(900)
 def test_a_second_run_of_the_same_prompt_finds_it_on_disk(tmp_path, capsys):
     text = "The keeper climbed the stair with the lamp in one hand and the red book in the other, counting the steps."
     arguments = ["--prompt", text, "--max-tokens", "4", "--ignore-eos", "--json", "--num-blocks", "16"]
