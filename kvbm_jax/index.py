@@ -13,6 +13,7 @@ Axes: N blocks, S sets (a power of two, at least N / 4), W = 8 ways, M keys of o
 """
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
@@ -27,7 +28,8 @@ KEY_WORDS: Final = 5
 """Words of a key: 4 of the sequence hash, 1 of the group id."""
 
 _WAYS: Final = 8
-_FAILURE: Final = 1e-13
+_LEFT_OVER: Final = 1e-9  # expected rows, at which passes end
+_EXCESS: Final = 1e-13  # probability that a pass has more rows than it takes
 
 
 @jax.tree_util.register_dataclass
@@ -75,24 +77,22 @@ def lookup(index: BlockIndex, keys: jax.Array) -> jax.Array:
     num_blocks = index.ways.shape[0]
     # Without barriers XLA computes the mix anew for every word of a row that it reads.
     set_a, set_b, fingerprint = fence(_mix(keys, index.seed, index.table.shape[0]))
-    found = jnp.full(keys.shape[:-1], num_blocks, jnp.int32)
-    for sets in (set_a, set_b):
-        row = index.table[sets]
-        ids = row[..., :_WAYS]
-        hit = (row[..., _WAYS:] == fingerprint[..., None]) & (ids < num_blocks)
-        block = fence(jnp.min(jnp.where(hit, ids, num_blocks), axis=-1))
-        held = index.keys.at[block].get(mode="fill", fill_value=0)
-        equal = jnp.all(held == keys, axis=-1) & (block < num_blocks)
-        found = jnp.where(equal, block, found)
-    return found
+    row = index.table[jnp.stack([set_a, set_b])]  # [2, ..., 2W]
+    ids = row[..., :_WAYS]
+    hit = (row[..., _WAYS:] == fingerprint[None, ..., None]) & (ids < num_blocks)
+    block = fence(jnp.min(jnp.where(hit, ids, num_blocks), axis=-1))
+    held = index.keys.at[block].get(mode="fill", fill_value=0)
+    equal = jnp.all(held == keys[None], axis=-1)  # N's key is the padding, which could be asked for
+    return jnp.min(jnp.where(equal, block, num_blocks), axis=0)
 
 
 def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Array) -> tuple[BlockIndex, jax.Array]:
     """Puts keys into the index; of equal keys in one call the first wins.
 
-    Rows claim ways in rounds; in a round each set takes one key, the first row that wants it, so the outcome is that
-    of any sequential order that respects rows, on every back end. The number of rounds is static and leaves a row
-    over with a probability below 1e-13 a call.
+    At first each set takes one key, the first row that wants it. The few rows that are left over, fewer with every
+    pass, are ranked within their sets and take free ways by rank. So the outcome is that of some sequential order that
+    respects rows, on every back end. Sizes and number of passes are static, and leave a row over in less than one of
+    1e9 calls.
 
     Args:
       index: the index; none of the masked keys is in it.
@@ -105,28 +105,18 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
       the key was refused or the row is not masked.
     """
     num_blocks, num_sets = index.ways.shape[0], index.table.shape[0]
-    count = blocks.shape[0]
-    nowhere = index.table.size
+    count, nowhere = blocks.shape[0], index.table.size
     rows = _Rows(keys, blocks, *fence(_mix(keys, index.seed, num_sets)))
-    outcome = _Outcome(jnp.full((count,), num_blocks, jnp.int32), jnp.full((count,), nowhere, jnp.int32), mask)
-    table, outcome = _claim(index.table, rows, outcome, num_blocks)
-
-    # Few rows are left over by the first round, and only they go on.
-    few = _leftover(count, num_sets)
-    rank = jnp.cumsum(outcome.pending, dtype=jnp.int32)
-    slot = jnp.where(outcome.pending, rank - 1, few)
-    numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(jnp.arange(count, dtype=jnp.int32), mode="drop"))
-    rest = jax.tree.map(lambda leaf: leaf.at[numbers].get(mode="clip"), rows)
-    pending = numbers < count
-    owners, ways = (leaf.at[numbers].get(mode="clip") for leaf in outcome[:2])
-
-    def again(_: int, carry: tuple[jax.Array, _Outcome]) -> tuple[jax.Array, _Outcome]:
-        return _claim(carry[0], rest, carry[1], num_blocks)
-
-    rounds = _rounds(count, num_sets) - 1
-    table, late = jax.lax.fori_loop(0, rounds, again, (table, _Outcome(owners, ways, pending)))
-    owners = outcome.owners.at[numbers].set(late.owners, mode="drop")
-    ways = outcome.ways.at[numbers].set(late.ways, mode="drop")
+    table, ways, owners, pending = _claim(index.table, rows, mask, num_blocks)
+    numbers = jnp.arange(count, dtype=jnp.int32)
+    for few in _passes(count, num_sets):
+        rank = jnp.cumsum(pending, dtype=jnp.int32)
+        slot = jnp.where(pending, rank - 1, few)
+        numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(numbers, mode="drop"))
+        rest = jax.tree.map(lambda leaf, at=numbers: leaf.at[at].get(mode="clip"), rows)
+        table, late_ways, late_owners, pending = _settle(table, rest, numbers < count, num_blocks)
+        owners = owners.at[numbers].set(late_owners, mode="drop")
+        ways = ways.at[numbers].set(late_ways, mode="drop")
     target = jnp.where(ways != nowhere, blocks, num_blocks)
     return (
         replace(
@@ -150,26 +140,38 @@ class _Rows(NamedTuple):
 
 
 class _Outcome(NamedTuple):
-    """What has become of each row so far."""
+    """What a pass has done."""
 
-    owners: jax.Array  # i32[M]: the block that holds the key, N if none does yet
+    table: jax.Array  # i32[S, 2W]
     ways: jax.Array  # i32[M]: the way that the row has got; S * 2W if none
+    owners: jax.Array  # i32[M]: the block that holds the key, N if none does yet
     pending: jax.Array  # bool[M]
 
 
-def _claim(table: jax.Array, rows: _Rows, outcome: _Outcome, num_blocks: int) -> tuple[jax.Array, _Outcome]:
-    """One round: pending rows claim the first free way of the emptier of their sets; the first row of each set wins."""
-    num_sets, width = table.shape
-    count, nowhere = rows.blocks.shape[0], table.size
+class _Room(NamedTuple):
+    """The two sets of each row."""
+
+    sets: jax.Array  # i32[2, M]
+    free: jax.Array  # bool[2, M, W]: their free ways
+    num_free: jax.Array  # i32[2, M]: how many; 0 where a set holds the row's fingerprint already
+
+
+def _room(table: jax.Array, rows: _Rows, num_blocks: int) -> _Room:
     sets = jnp.stack([rows.set_a, rows.set_b])
     row = table[sets]  # [2, M, 2W]
     free = row[..., :_WAYS] == num_blocks
     taken = jnp.any(~free & (row[..., _WAYS:] == rows.fingerprints[None, :, None]), axis=2)
-    num_free = jnp.where(taken, 0, jnp.sum(free, axis=2, dtype=jnp.int32))
-    choice = (num_free[1] > num_free[0]).astype(jnp.int32)
-    ways = sets * width + jnp.argmax(free, axis=2).astype(jnp.int32)
-    fits = outcome.pending & (jnp.max(num_free, axis=0) > 0)
-    fits, way = fence((fits, jnp.where(fits, jnp.where(choice == 1, ways[1], ways[0]), nowhere)))
+    return _Room(sets, free, jnp.where(taken, 0, jnp.sum(free, axis=2, dtype=jnp.int32)))
+
+
+def _claim(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _Outcome:
+    """Masked rows claim the first free way of the emptier of their sets; the first row of each set wins."""
+    num_sets, width = table.shape
+    count, nowhere = rows.blocks.shape[0], table.size
+    room = _room(table, rows, num_blocks)
+    ways = room.sets * width + jnp.argmax(room.free, axis=2).astype(jnp.int32)
+    fits = mask & (jnp.max(room.num_free, axis=0) > 0)
+    fits, way = fence((fits, jnp.where(fits, jnp.where(room.num_free[1] > room.num_free[0], ways[1], ways[0]), nowhere)))
     # A claim is the row's number less M: negative, so below every block id, and the first row's is the least.
     order = jnp.arange(-count, 0, dtype=jnp.int32)
     claimed = table.reshape(-1).at[way].min(order, mode="drop")
@@ -177,19 +179,50 @@ def _claim(table: jax.Array, rows: _Rows, outcome: _Outcome, num_blocks: int) ->
     won = fits & (winner == order + count)
     same = fits & ~won & jnp.all(rows.keys.at[winner].get(mode="clip") == rows.keys, axis=1)
     won, same = fence((won, same))
-    target = jnp.where(won, way, nowhere)
-    table = (
-        claimed.at[target]
+    owner = jnp.where(won | same, rows.blocks.at[winner].get(mode="clip"), num_blocks)
+    way = jnp.where(won, way, nowhere)
+    return _Outcome(_put(claimed, way, rows).reshape(num_sets, width), way, owner, mask & ~won & ~same)
+
+
+def _settle(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _Outcome:
+    """Masked rows take free ways of one of their sets by rank; compares each row with each.
+
+    A row chooses the set that would have more ways to spare if every earlier row that can go there went there.
+    """
+    num_sets, width = table.shape
+    count, nowhere = rows.blocks.shape[0], table.size
+    room = fence(_room(table, rows, num_blocks))
+    order = jnp.arange(count, dtype=jnp.int32)
+    earlier = (order[None, :] < order[:, None]) & mask[None, :]
+    meets = jnp.any(room.sets[:, :, None, None] == room.sets.T[None, None, :, :], axis=3)  # [2, M, M]
+    spare = room.num_free - jnp.sum(meets & earlier[None], axis=2, dtype=jnp.int32)
+    second = fence((spare[1] > spare[0]) & (room.num_free[1] > 0) | (room.num_free[0] == 0))
+    sets = jnp.where(second, room.sets[1], room.sets[0])
+    free = jnp.where(second[:, None], room.free[1], room.free[0])
+
+    beside = earlier & (sets[None, :] == sets[:, None])
+    alike = beside & (rows.fingerprints[None, :] == rows.fingerprints[:, None])
+    first = jnp.min(jnp.where(alike, order[None, :], count), axis=1)  # of the rows with the same fingerprint
+    leads = fence(mask & (first == count))
+    rank = jnp.sum(beside & leads[None, :], axis=1, dtype=jnp.int32)
+    won = leads & (rank < jnp.where(second, room.num_free[1], room.num_free[0]))
+    lane = jnp.arange(_WAYS, dtype=jnp.int32)
+    below = jnp.sum(free[:, None, :] & (lane[None, :] < lane[:, None])[None], axis=2, dtype=jnp.int32)
+    place = jnp.argmax(free & (below == rank[:, None]), axis=1).astype(jnp.int32)
+    won, way = fence((won, jnp.where(won, sets * width + place, nowhere)))
+    same = mask & won.at[first].get(mode="fill", fill_value=False)
+    same &= jnp.all(rows.keys.at[first].get(mode="clip") == rows.keys, axis=1)
+    owner = jnp.where(won, rows.blocks, jnp.where(same, rows.blocks.at[first].get(mode="clip"), num_blocks))
+    return _Outcome(_put(table.reshape(-1), way, rows).reshape(num_sets, width), way, owner, mask & ~won & ~same)
+
+
+def _put(table: jax.Array, way: jax.Array, rows: _Rows) -> jax.Array:
+    """Writes rows into distinct ways i32[M], padded with S * 2W, of the flat table."""
+    return (
+        table.at[way]
         .set(rows.blocks, mode="drop")
-        .at[jnp.where(won, way + _WAYS, nowhere)]
+        .at[jnp.where(way < table.size, way + _WAYS, way)]
         .set(rows.fingerprints, mode="drop")
-        .reshape(num_sets, width)
-    )
-    owner = jnp.where(won, rows.blocks, rows.blocks.at[winner].get(mode="clip"))
-    return table, _Outcome(
-        jnp.where(won | same, owner, outcome.owners),
-        jnp.where(won, way, outcome.ways),
-        outcome.pending & ~won & ~same,
     )
 
 
@@ -236,27 +269,25 @@ def rebuild(index: BlockIndex, seed: jax.Array) -> tuple[BlockIndex, jax.Array]:
     return rebuilt, jnp.sum(left)
 
 
-def _rounds(count: int, num_sets: int) -> int:
-    """How many rounds leave one of `count` random keys over with a probability below `_FAILURE`.
+def _passes(count: int, num_sets: int) -> Iterator[int]:
+    """Yields how many of `count` random keys each pass after the first must be able to take.
 
-    A key that is still pending after k rounds has lost to k other keys within its two sets, and after 2W rounds both
-    are full.
+    A row is left over by the first pass if an earlier one chose its set, by a later pass if in both of its sets there
+    are as many earlier rows as free ways, taken to be at least two. It is assumed that in the first pass rows choose
+    among half of the sets, since emptier ones are chosen more often.
     """
-    share = 2 * count / num_sets
-    expected = float(count)
-    for k in range(1, 2 * _WAYS):
-        expected *= share / k
-        if expected < _FAILURE:
-            return min(k, count)
-    return min(2 * _WAYS, count)
+    left = count - num_sets / 2 * -math.expm1(-2 * count / num_sets)
+    while left > _LEFT_OVER:
+        yield _bound(left, count)
+        share = 2 * left / num_sets
+        left *= min(share**4 / 4, 0.5)
 
 
-def _leftover(count: int, num_sets: int) -> int:
-    """How many of `count` random keys the first round leaves over, exceeded with a probability below `_FAILURE`."""
-    mean = count * 2 * count / num_sets
+def _bound(mean: float, count: int) -> int:
+    """How many events of a Poisson distribution, at most `count`, are exceeded with a probability below `_EXCESS`."""
     few = math.ceil(mean)
-    # Chernoff's bound of a Poisson tail.
-    while few < count and few - mean + few * math.log(mean / few) > math.log(_FAILURE):
+    # Chernoff's bound of the tail.
+    while few < count and few - mean + few * math.log(mean / few) > math.log(_EXCESS):
         few += 1
     return min(few, count)
 

@@ -268,11 +268,11 @@ def _flip(queue: LruQueue, entry: jax.Array, sign: jax.Array | int) -> LruQueue:
     """Sets (`sign` 1) or clears (-1) the bits of distinct ring entries i32[M], padded with R."""
     entry = fence(entry)
     bit = jnp.uint32(1) << (entry % _WORD).astype(jnp.uint32)
-    group = entry // _GROUP
+    change = bit * jnp.asarray(sign).astype(jnp.uint32)
     return replace(
         queue,
-        live=queue.live.at[group, entry % _GROUP // _WORD].add(bit * jnp.asarray(sign).astype(jnp.uint32), mode="drop"),
-        counts=queue.counts.at[group].add(sign, mode="drop"),
+        live=queue.live.reshape(-1).at[entry // _WORD].add(change, mode="drop").reshape(queue.live.shape),
+        counts=queue.counts.at[entry // _GROUP].add(sign, mode="drop"),
     )
 
 

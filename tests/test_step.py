@@ -341,3 +341,15 @@ def test_more_hashes_than_a_table_has_blocks_are_refused():
     plan = make_plan()._replace(hashes=jnp.zeros((R, W + 1, 4), jnp.uint32))
     with pytest.raises(LayoutError, match=rf"{W + 1} hashes a row exceed the table's {W} blocks"):
         step.step(d.state, d.running, plan)
+
+
+def test_a_step_holds_nothing_that_depends_on_data():
+    """No loop of unknown length, no branch, no callback: neither as written nor as compiled."""
+    state, running = pool.init(4096), sequences.init(8, 8, block_size=T, pool_blocks=4096)
+    plan = make_plan()
+    jaxpr = str(jax.make_jaxpr(step)(state, running, plan))
+    text = jax.jit(step, donate_argnums=(0, 1)).lower(state, running, plan).compile().as_text()
+    for name in ("while", "cond", "scan", "callback", "io_effect"):
+        assert f" {name}[" not in jaxpr
+    for name in ("while(", "conditional(", "custom-call("):
+        assert f" {name}" not in text
