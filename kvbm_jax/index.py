@@ -28,6 +28,7 @@ KEY_WORDS: Final = 5
 """Words of a key: 4 of the sequence hash, 1 of the group id."""
 
 _WAYS: Final = 8
+_FEW: Final = 128  # rows that may be compared each with each
 _LEFT_OVER: Final = 1e-9  # expected rows, at which passes end
 _EXCESS: Final = 1e-13  # probability that a pass has more rows than it takes
 
@@ -89,10 +90,10 @@ def lookup(index: BlockIndex, keys: jax.Array) -> jax.Array:
 def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Array) -> tuple[BlockIndex, jax.Array]:
     """Puts keys into the index; of equal keys in one call the first wins.
 
-    At first each set takes one key, the first row that wants it. The few rows that are left over, fewer with every
-    pass, are ranked within their sets and take free ways by rank. So the outcome is that of some sequential order that
-    respects rows, on every back end. Sizes and number of passes are static, and leave a row over in less than one of
-    1e9 calls.
+    At first each set takes one key, the first row that wants it. What is left over goes on, fewer rows with every pass;
+    once they are few, they are ranked within their sets and take free ways by rank. So the outcome is that of some
+    sequential order that respects rows, on every back end. Sizes and number of passes are static, and leave a row over
+    in less than one of 1e9 calls; in tables of a few sets more often, since then both sets of a key may be full.
 
     Args:
       index: the index; none of the masked keys is in it.
@@ -114,7 +115,8 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
         slot = jnp.where(pending, rank - 1, few)
         numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(numbers, mode="drop"))
         rest = jax.tree.map(lambda leaf, at=numbers: leaf.at[at].get(mode="clip"), rows)
-        table, late_ways, late_owners, pending = _settle(table, rest, numbers < count, num_blocks)
+        again = _claim if few > _FEW else _settle
+        table, late_ways, late_owners, pending = again(table, rest, numbers < count, num_blocks)
         owners = owners.at[numbers].set(late_owners, mode="drop")
         ways = ways.at[numbers].set(late_ways, mode="drop")
     target = jnp.where(ways != nowhere, blocks, num_blocks)
@@ -171,7 +173,9 @@ def _claim(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _
     room = _room(table, rows, num_blocks)
     ways = room.sets * width + jnp.argmax(room.free, axis=2).astype(jnp.int32)
     fits = mask & (jnp.max(room.num_free, axis=0) > 0)
-    fits, way = fence((fits, jnp.where(fits, jnp.where(room.num_free[1] > room.num_free[0], ways[1], ways[0]), nowhere)))
+    fits, way = fence(
+        (fits, jnp.where(fits, jnp.where(room.num_free[1] > room.num_free[0], ways[1], ways[0]), nowhere))
+    )
     # A claim is the row's number less M: negative, so below every block id, and the first row's is the least.
     order = jnp.arange(-count, 0, dtype=jnp.int32)
     claimed = table.reshape(-1).at[way].min(order, mode="drop")
@@ -272,15 +276,18 @@ def rebuild(index: BlockIndex, seed: jax.Array) -> tuple[BlockIndex, jax.Array]:
 def _passes(count: int, num_sets: int) -> Iterator[int]:
     """Yields how many of `count` random keys each pass after the first must be able to take.
 
-    A row is left over by the first pass if an earlier one chose its set, by a later pass if in both of its sets there
-    are as many earlier rows as free ways, taken to be at least two. It is assumed that in the first pass rows choose
-    among half of the sets, since emptier ones are chosen more often.
+    A row is left over by a claim if an earlier one chose its set, otherwise if in both of its sets there are as many
+    earlier rows as free ways, taken to be at least two. Claims are assumed to go to half of the sets, since emptier
+    ones are chosen more often.
     """
-    left = count - num_sets / 2 * -math.expm1(-2 * count / num_sets)
+
+    def lost(claims: float) -> float:
+        return claims - num_sets / 2 * -math.expm1(-2 * claims / num_sets)
+
+    left = lost(count)
     while left > _LEFT_OVER:
-        yield _bound(left, count)
-        share = 2 * left / num_sets
-        left *= min(share**4 / 4, 0.5)
+        yield (few := _bound(left, count))
+        left = lost(left) if few > _FEW else left * min((2 * left / num_sets) ** 4 / 4, 0.5)
 
 
 def _bound(mean: float, count: int) -> int:

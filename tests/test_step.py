@@ -347,8 +347,8 @@ def test_a_step_holds_nothing_that_depends_on_data():
     """No loop of unknown length, no branch, no callback: neither as written nor as compiled."""
     state, running = pool.init(4096), sequences.init(8, 8, block_size=T, pool_blocks=4096)
     plan = make_plan()
-    jaxpr = str(jax.make_jaxpr(step)(state, running, plan))
-    text = jax.jit(step, donate_argnums=(0, 1)).lower(state, running, plan).compile().as_text()
+    jaxpr = str(jax.make_jaxpr(step.step)(state, running, plan))
+    text = jax.jit(step.step, donate_argnums=(0, 1)).lower(state, running, plan).compile().as_text()
     for name in ("while", "cond", "scan", "callback", "io_effect"):
         assert f" {name}[" not in jaxpr
     for name in ("while(", "conditional(", "custom-call("):
