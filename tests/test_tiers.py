@@ -382,6 +382,23 @@ def test_a_flush_keeps_the_newest_where_the_disk_is_too_small(tmp_path):
         assert kept == {BlockKey(hash_bytes(words)) for words in wanted}
 
 
+def test_a_flush_writes_again_what_it_has_pushed_out_itself():
+    """The third prompt begins to push the first one out of the full disk, and that very prompt comes next."""
+    store = MemoryBlockStore(BLOCK_BYTES, capacity=6, tier=Tier.G3)
+    with make(32, stores=[store]) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000):
+            serve(manager, prompt(first, 3))
+        assert manager.flush() == (6, 0, 0)
+        serve(manager, prompt(2000, 1))
+        serve(manager, prompt(0, 3))
+        assert manager.flush() == (4, 0, 0)
+        assert_in_agreement(manager, [store], events, view)
+        wanted = [*hash_sequence(prompt(0, 3), SIZE), *hash_sequence(prompt(2000, 1), SIZE)]
+        wanted += list(hash_sequence(prompt(1000, 2), SIZE))
+        assert {record.key for _, record in store.records()} == {BlockKey(hash_bytes(words)) for words in wanted}
+
+
 def test_closing_without_a_flush_and_after_an_error_leaves_the_disk_alone(tmp_path):
     def fails():
         with make(7, **disk(tmp_path)) as manager:

@@ -9,8 +9,8 @@ the same requests finds. The bytes follow on one worker (`mover`), in the same o
     cache <--scatter-- verified rows <---------+--------------------+
 
 A decode step never waits: when a slow disk has too much in flight, what would go there is dropped and counted, and the
-host tier goes on; when even that is too much, what is evicted is dropped. Stores verify what they
-read; a block that cannot be had is a miss, is counted, and is forgotten.
+host tier goes on; when even that is too much, what is evicted is dropped. Stores verify what they read; a block that
+cannot be had is a miss, is counted, and is forgotten.
 
 Axes: n blocks of a call, P bytes of a block.
 """
@@ -152,7 +152,9 @@ class OffloadEngine:
         if not in_flight or in_flight + needed <= self._max_bytes * _SHARE_OF_SLOW_TIERS:
             decided = plan([move for key in on_device for move in self._tiers.offer(key)])
         elif self._top is not self._lowest and in_flight + staged <= self._max_bytes:
-            decided = self._only_to_top(on_device)
+            moves = [move for key in on_device for move in self._tiers.offer(key, down_to=self._top)]
+            decided = plan(moves)
+            self._metrics.count("kvbm_offload_dropped_blocks_total", sum(move.target is None for move in moves))
         else:
             decided = Plan([], [], list(on_device))
             self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
@@ -255,22 +257,10 @@ class OffloadEngine:
         """Lets moves under way end, `seconds` at most, and closes the stores."""
         self._mover.close(seconds)
 
-    def _only_to_top(self, keys: Mapping[BlockKey, Resident]) -> Plan[BlockKey]:
-        """Offers blocks to the fastest tier alone; what that takes out is dropped."""
-        known = {key for key in keys if self._tiers.holds(key, self._top)}
-        gone = [move.key for key in keys for move in self._tiers.insert(key, self._top)]
-        self._metrics.count("kvbm_offload_dropped_blocks_total", len(gone))
-        kept = [key for key in keys if self._tiers.holds(key, self._top)]
-        return Plan(
-            [Transfer(key, Tier.G1, self._top) for key in kept if key not in known],
-            [(key, self._top) for key in gone if key not in keys or key in known],
-            [key for key in keys if key in known or key not in kept],
-        )
-
     def _adopt(self, store: BlockStore) -> None:
         """Takes over what a store holds, the oldest first."""
         held = {record.key: Arrival(record, block_id) for block_id, record in store.records()}
-        surplus = [move.key for key in held for move in self._tiers.insert(key, store.tier)]
+        surplus = [gone for key in held for gone in self._tiers.insert(key, store.tier)]
         self._mover.forget(store.tier, dict.fromkeys(surplus))
         self._announcer.created(store.tier, [held[key] for key in self._tiers.oldest_first(store.tier)])
 
@@ -279,10 +269,14 @@ class OffloadEngine:
     ) -> Job:
         """Has blocks copied to the lowest tier where it lacks them."""
         lowest = self._lowest
-        new = [key for key in origins if not self._tiers.holds(key, lowest)]
-        surplus = [move.key for key in origins for move in self._tiers.insert(key, lowest)]
-        transfers = [Transfer(key, origins[key], lowest) for key in new if self._tiers.holds(key, lowest)]
-        removed = [(key, lowest) for key in surplus if key not in new]
+        arriving: dict[BlockKey, Tier] = {}  # where their bytes are
+        removed: list[tuple[BlockKey, Tier]] = []
+        for key, origin in origins.items():
+            if not self._tiers.holds(key, lowest):
+                arriving[key] = origin
+            surplus = self._tiers.insert(key, lowest)
+            removed += [(gone, lowest) for gone in surplus if arriving.pop(gone, None) is None]
+        transfers = [Transfer(key, origin, lowest) for key, origin in arriving.items()]
         return self._submit(cache, transfers, removed, on_device, is_copy=True)
 
     def _submit(
