@@ -15,10 +15,11 @@ cannot be had is a miss, is counted, and is forgotten.
 Axes: n blocks of a call, P bytes of a block.
 """
 
+import collections
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
 from kvbm_jax.offload.buffer_pool import BufferPool
 from kvbm_jax.offload.calls import attempt, rows_of
+from kvbm_jax.offload.edges import EdgeMetrics
 from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
 from kvbm_jax.offload.staging import StagingRing, rows_for
 from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
@@ -117,14 +119,15 @@ class OffloadEngine:
         self._ring = StagingRing(layout)
         self._buffers = BufferPool()
         self._announcer = TierAnnouncer(publisher)
+        self._edges = EdgeMetrics(metrics, clock, layout.block_bytes)
         self._mover = Mover(
             stores,
             block_bytes=layout.block_bytes,
             ring=self._ring,
             buffers=self._buffers,
             announcer=self._announcer,
+            edges=self._edges,
             metrics=metrics,
-            clock=clock,
         )
         for store in stores:
             self._adopt(store)
@@ -318,7 +321,7 @@ class OffloadEngine:
         Returns:
           Where each was found, up to the first that could not be had.
         """
-        begun = self._clock.monotonic_ns()
+        begun = self._edges.begin()
         found: dict[int, Tier] = {}
         runs: list[tuple[Tier, list[int]]] = []
         for i, (key, tier) in enumerate(zip(keys, tiers, strict=True)):
@@ -338,7 +341,8 @@ class OffloadEngine:
             results = dict(zip(run, rows_of(future, len(run)), strict=True))
             found |= {i: tier for i, row in results.items() if row.outcome is Outcome.OK}
             self._miss(tier, {keys[i]: row for i, row in results.items() if row.outcome is not Outcome.OK})
-        self._observe_read(list(found.values()), begun)
+        for tier, count in collections.Counter(found.values()).items():
+            self._edges.transferred(tier, Tier.G1, count, begun)
         for i, key in enumerate(keys):
             lower = self._tiers.locate(key) if i not in found else None
             if lower is not None and self._read([key], [lower], rows[i : i + 1]):
@@ -350,8 +354,7 @@ class OffloadEngine:
     def _miss(self, tier: Tier, rows: Mapping[BlockKey, StoreRow]) -> None:
         """Counts blocks that could not be read, and forgets them."""
         for key, row in rows.items():
-            edge = {"source": tier.label, "target": Tier.G1.label}
-            self._metrics.count("kvbm_transfer_failures_total", **edge, reason=row.outcome.value)
+            self._edges.failed(tier, Tier.G1, row.outcome.value)
             self._tiers.discard(key, tier)
         self._mover.forget(tier, {key: row.block_id or 0 for key, row in rows.items()})
 
@@ -368,16 +371,6 @@ class OffloadEngine:
                 # The store holds less than it said. What it has now is what it can hold.
                 self._tiers.limit(tier, self._tiers.count(tier))
                 _LOG.warning("tier %s has room for %d blocks only", tier.label, self._tiers.count(tier))
-
-    def _observe_read(self, tiers: Iterable[Tier], begun: int) -> None:
-        seconds = (self._clock.monotonic_ns() - begun) / 1e9
-        for tier in self._stores:
-            count = sum(found is tier for found in tiers)
-            if count:
-                edge = {"source": tier.label, "target": Tier.G1.label}
-                self._metrics.count("kvbm_transfer_blocks_total", count, **edge)
-                self._metrics.count("kvbm_transfer_bytes_total", count * self._block_bytes, **edge)
-                self._metrics.observe("kvbm_transfer_seconds", seconds, **edge)
 
     def _update_gauges(self) -> None:
         for tier, capacity in self._capacities.items():
