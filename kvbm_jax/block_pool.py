@@ -166,7 +166,7 @@ class BlockPool:
     def trim(self, row: int, length: int) -> None:
         """Rolls the sequence of a row back to `length` tokens, and gives surplus blocks back."""
         lengths = np.array(self.sequences.lengths)
-        surplus = len(self.table(row)) - -(-length // self.sequences.block_size)
+        surplus = self.num_blocks(row) - -(-length // self.sequences.block_size)
         self._make_room(surplus)
         lengths[row] = length
         bound = 1 << (max(surplus, 1) - 1).bit_length()
@@ -229,14 +229,17 @@ class BlockPool:
 
     def release(self, row: int) -> None:
         """Ends the sequence of a row."""
-        self._make_room(len(self.table(row)))
+        self._make_room(self.num_blocks(row))
         self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def table(self, row: int) -> NDArray[np.int32]:
         """Returns the blocks of a row, i32[blocks]."""
-        count = np.asarray(self.sequences.num_blocks)[row]
-        return np.asarray(self.sequences.block_tables)[0, row, :count].copy()
+        return np.asarray(self.sequences.block_tables)[0, row, : self.num_blocks(row)].copy()
+
+    def num_blocks(self, row: int) -> int:
+        """Returns how many blocks a row has."""
+        return int(np.asarray(self.sequences.num_blocks)[row])
 
     def length(self, row: int) -> int:
         """Returns the tokens of a row that have a slot."""

@@ -472,7 +472,7 @@ class BlockManager:
                     f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
                     f"{self._max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
                 )
-            count += max(needed - len(self._device.pool.table(seq.row)), 0)
+            count += max(needed - self._device.pool.num_blocks(seq.row), 0)
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
         self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
