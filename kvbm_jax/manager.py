@@ -40,6 +40,7 @@ from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, Sequen
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Hasher, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
+from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
@@ -65,13 +66,8 @@ def _whole[**P, R](
     @functools.wraps(method)
     def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
         self._check_open()
-        try:
+        with on_interrupt(self._lose):
             return method(self, *args, **kwargs)
-        except Exception:
-            raise
-        except BaseException:
-            self._lose()
-            raise
 
     return whole
 
@@ -248,7 +244,7 @@ class BlockManager:
         self._enter(seq, row)
         try:
             seq.num_cached = self._device.start(row, seq.hashes, reusable, len(seq.tokens))
-        except Exception:
+        except Exception:  # out of blocks, or what an event sink raises: the row is free again
             self._leave(seq)
             raise
         seq.num_registered = seq.num_cached // self.layout.block_size

@@ -37,6 +37,7 @@ FLOORS = {
     4: [
         "block_pool",
         "handles",
+        "interrupts",
         "manager",
         "residency",
         "device_cache",
