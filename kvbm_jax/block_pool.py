@@ -241,6 +241,24 @@ class BlockPool:
         """Returns how many blocks a row has."""
         return int(np.asarray(self.sequences.num_blocks)[row])
 
+    def lacking(self, row: int, num_tokens: int) -> int:
+        """Returns how many blocks a row lacks to grow by `num_tokens`.
+
+        Raises:
+          ConfigError: if that is negative.
+          SequenceTooLongError: if it would outgrow its table.
+        """
+        if num_tokens < 0:
+            raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
+        length = self.length(row)
+        needed = -(-(length + num_tokens) // self.sequences.block_size)
+        if needed > self.max_blocks:
+            raise SequenceTooLongError(
+                f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
+                f"{self.max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
+            )
+        return max(needed - self.num_blocks(row), 0)
+
     def length(self, row: int) -> int:
         """Returns the tokens of a row that have a slot."""
         return int(np.asarray(self.sequences.lengths)[row])

@@ -38,6 +38,7 @@ FLOORS = {
         "block_pool",
         "handles",
         "interrupts",
+        "ledger",
         "manager",
         "residency",
         "device_cache",
