@@ -22,13 +22,13 @@ from typing import Any
 
 import jax.numpy as jnp
 import tenants
+from options import at_least, seed
 from smollm2 import Sampler, StreamDecoder, find_model, load_model, load_tokenizer, model_identity
 from smollm2.engine import Completion, Engine
 
 from kvbm_jax.errors import ConfigError, KvbmError
 
 _HANDBOOK = Path(__file__).parent / "data" / "handbook.txt"
-_DISK_BUDGET = 2 << 30
 _SYSTEM = (
     "You are the assistant of a lighthouse station. Answer the question in one or two short sentences, using only the "
     "handbook that follows.\n\n"
@@ -194,7 +194,7 @@ class _Chat:
         """The tiers of a talk: those that options ask for."""
         args = self._args
         host = args.host_blocks or 0
-        disk = (_DISK_BUDGET if args.offload_path else 0) if args.disk_budget is None else args.disk_budget
+        disk = (tenants.DISK_BUDGET if args.offload_path else 0) if args.disk_budget is None else args.disk_budget
         if not host and not disk:
             return {}
         tiers = {"enable_offload": True, "host_blocks": host, "disk_budget": disk, "model_id": self._model_id}
@@ -296,43 +296,26 @@ def _parser() -> argparse.ArgumentParser:
     mode.add_argument("--prompt", metavar="TEXT", help="answer one prompt")
     mode.add_argument("--interactive", action="store_true", help="talk on the terminal")
     parser.add_argument("--raw", action="store_true", help="with --prompt: no chat template around the text")
-    parser.add_argument("--max-tokens", type=_positive, default=48, metavar="N", help="bound of an answer (default 48)")
+    parser.add_argument(
+        "--max-tokens", type=at_least(1), default=48, metavar="N", help="bound of an answer (default 48)"
+    )
     parser.add_argument("--ignore-eos", action="store_true", help="generate exactly --max-tokens")
     parser.add_argument("--temperature", type=float, default=0.0, metavar="X", help="0 = greedy (default)")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="X", help="nucleus to sample from (default 1)")
-    parser.add_argument("--seed", type=_seed, default=0, metavar="N", help="of the sampler (default 0)")
-    parser.add_argument("--block-size", type=_positive, default=16, metavar="N", help="tokens a block (default 16)")
-    parser.add_argument("--num-blocks", type=_positive, default=512, metavar="N", help="size of the pool (default 512)")
-    parser.add_argument("--host-blocks", type=_whole, metavar="N", help="blocks of host memory below the pool")
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the sampler (default 0)")
+    parser.add_argument("--block-size", type=at_least(1), default=16, metavar="N", help="tokens a block (default 16)")
+    parser.add_argument(
+        "--num-blocks", type=at_least(1), default=512, metavar="N", help="size of the pool (default 512)"
+    )
+    parser.add_argument("--host-blocks", type=at_least(0), metavar="N", help="blocks of host memory below the pool")
     parser.add_argument("--offload-path", type=Path, metavar="DIR", help="folder of the disk tier, kept between runs")
-    parser.add_argument("--disk-budget", type=_whole, metavar="BYTES", help="of the disk tier (default 2 GiB)")
+    parser.add_argument("--disk-budget", type=at_least(0), metavar="BYTES", help="of the disk tier (default 2 GiB)")
     parser.add_argument("--restarted", metavar="RUN", help=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     return parser
-
-
-def _positive(text: str) -> int:
-    """An option that is a number from 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
-
-
-def _whole(text: str) -> int:
-    """An option that is a number from 0."""
-    if not (text.isascii() and text.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 0")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    """A seed as JAX's keys take it."""
-    if _whole(text) >= 2**32:
-        raise argparse.ArgumentTypeError(f"{text} is out of range; allowed are whole numbers below 2**32")
-    return int(text)
 
 
 def _found(completion: Completion) -> str:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from options import at_least
+
 
 def conversations(requests: int, *, users: int, applications: int, seed: int) -> Iterator[dict[str, Any]]:
     """Yields requests, each with ids of its 512-token blocks; an equal id means an equal whole prefix."""
@@ -42,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make_trace.py", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("path", type=Path)
     for name, default in (("requests", 2000), ("users", 200), ("applications", 5)):
-        parser.add_argument(f"--{name}", type=_positive, default=default, metavar="N", help=f"default {default}")
+        parser.add_argument(f"--{name}", type=at_least(1), default=default, metavar="N", help=f"default {default}")
     parser.add_argument("--seed", type=int, default=0, metavar="N")
     args = parser.parse_args(argv)
     rows = conversations(args.requests, users=args.users, applications=args.applications, seed=args.seed)
@@ -56,13 +58,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(f"cannot write {args.path}: {error.strerror}")
     print(f"{args.path}: {args.requests} requests, {refs} block references")
     return 0
-
-
-def _positive(text: str) -> int:
-    """An option that is a number from 1."""
-    if not (text.isascii() and text.isdecimal()) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

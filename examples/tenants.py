@@ -21,10 +21,24 @@ from typing import Any
 
 from smollm2.engine import Completion, Engine
 
+from kvbm_jax.errors import KvbmError
 from kvbm_jax.protocols import Tier
 
-__all__ = ["QUESTIONS", "Plan", "Row", "drop_file_cache", "hits_of", "new_run_id", "restarted", "run"]
+__all__ = [
+    "DISK_BUDGET",
+    "QUESTIONS",
+    "Plan",
+    "Row",
+    "SecondProcessError",
+    "drop_file_cache",
+    "hits_of",
+    "new_run_id",
+    "restarted",
+    "run",
+    "second_process",
+]
 
+DISK_BUDGET = 2 << 30  # bytes, where nothing else is asked for
 QUESTIONS = (
     "How high is the tower?",
     "What is the name of the supply boat?",
@@ -40,6 +54,10 @@ QUESTIONS = (
 _LAST, _FROM_HOST, _FROM_DISK, _AFTER_RESTART = 9, (8, 7, 6), (0, 1, 2), (3, 4)
 
 
+class SecondProcessError(KvbmError, RuntimeError):
+    """The second process failed; what it had to say is on stderr."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Plan:
     """What both processes must agree on."""
@@ -48,7 +66,7 @@ class Plan:
     max_tokens: int
     block_size: int
     host_blocks: int | None  # None: four tenants
-    disk_budget: int | None  # bytes; None: 2 GiB
+    disk_budget: int | None  # bytes; None: `DISK_BUDGET`
     run_id: str  # makes the salts of one run its own
 
     @property
@@ -62,7 +80,7 @@ class Plan:
             "enable_offload": True,
             "offload_path": folder,
             "host_blocks": 4 * self.tenant_blocks if self.host_blocks is None else self.host_blocks,
-            "disk_budget": 2 << 30 if self.disk_budget is None else self.disk_budget,
+            "disk_budget": DISK_BUDGET if self.disk_budget is None else self.disk_budget,
             "model_id": model_id,
         }
 
@@ -117,6 +135,9 @@ def run(
 
     Returns:
       The table, cold first.
+
+    Raises:
+      SecondProcessError: if the second process failed.
     """
     with _folder(folder) as place:
         tiers = plan.tiers(place, model_id)
@@ -138,12 +159,7 @@ def run(
                 drop_file_cache(place)
                 visits["disk"][tenant] = visit(tenant)
         tell("\nThe first process has brought its cache to disk; a second one starts on the same folder.")
-        done = subprocess.run(  # noqa: S603 (this program itself)
-            [*restart, "--offload-path", str(place)], capture_output=True, text=True, timeout=300, check=False
-        )
-    if done.returncode:
-        sys.stderr.write(done.stderr)
-        raise RuntimeError(f"the second process ended with status {done.returncode}")
+        after_restart = second_process([*restart, "--offload-path", str(place)])
     visits["disk, after restart"] = {
         answer["tenant"]: Completion(
             list(plan.prompts[answer["tenant"]]),
@@ -152,11 +168,27 @@ def run(
             tokens=answer["output_token_ids"],
             ttft_seconds=answer["ttft_s"],
         )
-        for answer in json.loads(done.stdout.splitlines()[-1])["answers"]
+        for answer in after_restart
     }
     return [_row("nowhere (cold)", dict(enumerate(first)), first)] + [
         _row(place, answers, first) for place, answers in visits.items()
     ]
+
+
+def second_process(command: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs the command that runs `restarted`; returns its answers.
+
+    Raises:
+      SecondProcessError: if it failed.
+    """
+    done = subprocess.run(  # noqa: S603 (this program itself)
+        command, capture_output=True, text=True, timeout=300, check=False
+    )
+    if done.returncode:
+        sys.stderr.write(done.stderr)
+        raise SecondProcessError(f"the second process ended with status {done.returncode}")
+    found: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])["answers"]
+    return found
 
 
 def restarted(plan: Plan, make_engine: MakeEngine, ask: Ask, *, model_id: str, folder: Path) -> dict[str, object]:

@@ -166,7 +166,7 @@ class BlockPool:
     def trim(self, row: int, length: int) -> None:
         """Rolls the sequence of a row back to `length` tokens, and gives surplus blocks back."""
         lengths = np.array(self.sequences.lengths)
-        surplus = len(self.table(row)) - -(-length // self.sequences.block_size)
+        surplus = self.num_blocks(row) - -(-length // self.sequences.block_size)
         self._make_room(surplus)
         lengths[row] = length
         bound = 1 << (max(surplus, 1) - 1).bit_length()
@@ -229,14 +229,35 @@ class BlockPool:
 
     def release(self, row: int) -> None:
         """Ends the sequence of a row."""
-        self._make_room(len(self.table(row)))
+        self._make_room(self.num_blocks(row))
         self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def table(self, row: int) -> NDArray[np.int32]:
         """Returns the blocks of a row, i32[blocks]."""
-        count = np.asarray(self.sequences.num_blocks)[row]
-        return np.asarray(self.sequences.block_tables)[0, row, :count].copy()
+        return np.asarray(self.sequences.block_tables)[0, row, : self.num_blocks(row)].copy()
+
+    def num_blocks(self, row: int) -> int:
+        """Returns how many blocks a row has."""
+        return int(np.asarray(self.sequences.num_blocks)[row])
+
+    def lacking(self, row: int, num_tokens: int) -> int:
+        """Returns how many blocks a row lacks to grow by `num_tokens`.
+
+        Raises:
+          ConfigError: if that is negative.
+          SequenceTooLongError: if it would outgrow its table.
+        """
+        if num_tokens < 0:
+            raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
+        length = self.length(row)
+        needed = -(-(length + num_tokens) // self.sequences.block_size)
+        if needed > self.max_blocks:
+            raise SequenceTooLongError(
+                f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
+                f"{self.max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
+            )
+        return max(needed - self.num_blocks(row), 0)
 
     def length(self, row: int) -> int:
         """Returns the tokens of a row that have a slot."""

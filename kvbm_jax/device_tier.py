@@ -76,7 +76,7 @@ class DeviceTier:
         started = self.pool.start(row, hashes, num_hashes, num_tokens)
         try:
             self._allocated(begun, started.evicted)
-        except Exception:
+        except Exception:  # an event sink may raise anything: the caller does not learn that it has the blocks
             self.pool.release(row)
             raise
         return started.num_cached

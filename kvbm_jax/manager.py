@@ -26,7 +26,6 @@ from types import TracebackType
 from typing import Concatenate, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
@@ -40,6 +39,8 @@ from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, Sequen
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
 from kvbm_jax.handles import Block, Hasher, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
+from kvbm_jax.interrupts import on_interrupt
+from kvbm_jax.ledger import GrantLedger
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
@@ -65,13 +66,8 @@ def _whole[**P, R](
     @functools.wraps(method)
     def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
         self._check_open()
-        try:
+        with on_interrupt(self._lose):
             return method(self, *args, **kwargs)
-        except Exception:
-            raise
-        except BaseException:
-            self._lose()
-            raise
 
     return whole
 
@@ -126,8 +122,7 @@ class BlockManager:
         )
         self._hasher = Hasher(config.block_size, config.hash_algorithm)
         self._running: dict[int, Sequence] = {}
-        self._grants: dict[int, tuple[tuple[Sequence, ...], NDArray[np.int32]]] = {}
-        self._tickets = 0
+        self._ledger = GrantLedger()
         self._closed = False
         engine = self._open_engine(stores)
         try:
@@ -248,7 +243,7 @@ class BlockManager:
         self._enter(seq, row)
         try:
             seq.num_cached = self._device.start(row, seq.hashes, reusable, len(seq.tokens))
-        except Exception:
+        except Exception:  # out of blocks, or what an event sink raises: the row is free again
             self._leave(seq)
             raise
         seq.num_registered = seq.num_cached // self.layout.block_size
@@ -460,27 +455,14 @@ class BlockManager:
           ConfigError: if the blocks exceed `max_blocks`, or a growth is negative.
           BlockStateError: if a sequence is not running.
         """
-        count, size = 0, self.layout.block_size
-        for seq, num_tokens in growth.items():
+        for seq in growth:
             self._check_running(seq)
-            if num_tokens < 0:
-                raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
-            length = self._device.pool.length(seq.row)
-            needed = -(-(length + num_tokens) // size)
-            if needed > self._max_blocks:
-                raise SequenceTooLongError(
-                    f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
-                    f"{self._max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
-                )
-            count += max(needed - len(self._device.pool.table(seq.row)), 0)
+        count = sum(self._device.pool.lacking(seq.row, num_tokens) for seq, num_tokens in growth.items())
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
         self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
         grant = self._device.reserve(count, max_blocks)
-        self._tickets += 1
-        block_ids = np.asarray(grant.block_ids)[:count].copy()
-        self._grants[self._tickets] = (tuple(growth), block_ids)
-        return self._device.cache.beside(replace(grant, ticket=jnp.int32(self._tickets)))
+        return self._device.cache.beside(self._ledger.issue(grant, growth))
 
     @_whole
     def commit(
@@ -506,23 +488,11 @@ class BlockManager:
             match its slots; nothing is taken over then.
           HashingError: if a token is no integer in [0, 2**32); nothing is taken over then.
         """
-        lengths = np.asarray(running.lengths)
-        owners, block_ids = self._outstanding(grant)
         added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
         for seq in added:
             self._check_running(seq)
-            if seq not in owners:
-                raise BlockStateError(f"the grant was not reserved for the sequence of row {seq.row}")
-        live = [seq for seq in owners if self._running.get(seq.row) is seq]
-        for seq in live:
-            new = added.get(seq, [])
-            if not 0 <= len(seq.tokens) + len(new) - lengths[seq.row] <= 1:
-                raise BlockStateError(
-                    f"row {seq.row} has {lengths[seq.row]} slots for {len(seq.tokens)} tokens and {len(new)} new ones; "
-                    "name every token that the loop fed"
-                )
-        self._spend(grant)
-        self._device.pool.adopt([seq.row for seq in live], running, block_ids)
+        settled = self._ledger.settle(grant, added, np.asarray(running.lengths))
+        self._device.pool.adopt(settled.rows, running, settled.block_ids)
         for seq, new in added.items():
             seq.tokens.extend(new)
         for seq in added:
@@ -536,8 +506,7 @@ class BlockManager:
         Raises:
           BlockStateError: if the grant is spent.
         """
-        _, block_ids = self._outstanding(grant)
-        self._spend(grant)
+        block_ids = self._ledger.withdraw(grant)
         self._device.pool.adopt([], self._device.pool.sequences, block_ids)
         self._device.update_gauges()
 
@@ -675,7 +644,7 @@ class BlockManager:
         """Forgets what the device holds; the tiers below keep theirs."""
         for seq in list(self._running.values()):
             self._leave(seq)
-        self._grants.clear()
+        self._ledger.clear()
         self._device.renew()
 
     def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
@@ -685,16 +654,6 @@ class BlockManager:
                 raise BlockStateError(f"block {block.block_id} is of another manager, or was lost with the cache")
         block_ids = np.array([block.block_id for block in blocks], np.int32)
         return block_ids, np.array([block.generation for block in blocks], np.uint32)
-
-    def _outstanding(self, grant: grants.Grant) -> tuple[tuple[Sequence, ...], NDArray[np.int32]]:
-        """The sequences and blocks of a grant that is under way."""
-        found = self._grants.get(int(grant.ticket))
-        if found is None:
-            raise BlockStateError("the grant is spent: it was committed or given back before, or lost with the cache")
-        return found
-
-    def _spend(self, grant: grants.Grant) -> None:
-        del self._grants[int(grant.ticket)]
 
     def _free_if_current(self, block: Block) -> None:
         if block.owner is self._device.pool and self._device.pool.is_current(*self._columns([block])):

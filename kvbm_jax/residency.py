@@ -5,9 +5,8 @@ registered block, kept while the device holds it, so that an evicted block can b
 there is. Without tiers below nothing is kept, and evictions are events only.
 """
 
-import contextlib
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +15,7 @@ from kvbm_jax.block_pool import EvictedBlocks
 from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes
+from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident
 from kvbm_jax.protocols import BlockKey, BlockRecord, MetricsSink, StoreStats, Tier
 
@@ -87,7 +87,7 @@ class Residency:
         """Reads the longest prefix of u32[M, 4] that the tiers below hold; None where there is nothing."""
         if self._engine is None or not len(hashes):
             return None
-        with self._reconciled(self._engine):
+        with on_interrupt(self._engine.reconcile):
             loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
         return loaded if loaded.tiers else None
 
@@ -95,7 +95,7 @@ class Residency:
         """Copies what is registered to the lowest tier; see `OffloadEngine.flush`."""
         if self._engine is None:
             return FlushReport(0, 0, 0)
-        with self._reconciled(self._engine):
+        with on_interrupt(self._engine.reconcile):
             return self._engine.flush(cache, list(self._residents.values()), seconds)
 
     def stats(self) -> dict[Tier, StoreStats]:
@@ -111,18 +111,6 @@ class Residency:
         """Ends the tiers below; moves under way have `seconds`."""
         if self._engine is not None:
             self._engine.close(seconds)
-
-    @staticmethod
-    @contextlib.contextmanager
-    def _reconciled(engine: OffloadEngine) -> Iterator[None]:
-        """Has an interrupt (Ctrl-C, say) leave policy and stores in agreement."""
-        try:
-            yield
-        except Exception:
-            raise
-        except BaseException:
-            engine.reconcile()
-            raise
 
     def _count_evicted(self, evicted: EvictedBlocks) -> list[BlockKey]:
         if len(evicted.block_ids):

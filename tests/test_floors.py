@@ -37,6 +37,8 @@ FLOORS = {
     4: [
         "block_pool",
         "handles",
+        "interrupts",
+        "ledger",
         "manager",
         "residency",
         "device_cache",

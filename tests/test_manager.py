@@ -229,6 +229,16 @@ def test_a_grant_is_spent_once(manager):
                 spend()
 
 
+def test_a_grant_serves_only_the_sequences_it_was_reserved_for(manager):
+    with manager.start(prompt(6)) as one, manager.start(prompt(6, 50)) as two:
+        grant = manager.reserve({one: 2})
+        with pytest.raises(BlockStateError, match="the grant was not reserved for the sequence of row 1"):
+            manager.commit(grant, manager.sequences, {one: [], two: []})
+        manager.give_back(grant)  # it was not spent by that
+        with pytest.raises(SequenceTooLongError, match="1000 tokens more than 6 need 252 blocks"):
+            manager.reserve({one: 1000})
+
+
 def test_sequences_may_begin_and_end_while_a_loop_runs(manager):
     one, two = manager.start(prompt(6)), manager.start(prompt(4, 50))
     grant = manager.reserve({one: 4})

@@ -1,34 +1,37 @@
 """The tiers below the device: hits by tier as the rule says, contents right, events that a subscriber can believe."""
 
-import threading
 import time
-from concurrent.futures import Future
 
 import jax
 import numpy as np
 import pytest
 import synthetic
-from tiered import BLOCK_BYTES, SIZE, TierModel, View, check, make, prefill, serve, settle
+from tiered import (
+    BLOCK_BYTES,
+    HOST,
+    SIZE,
+    TierModel,
+    View,
+    assert_in_agreement,
+    believed,
+    check,
+    disk,
+    make,
+    prefill,
+    prompt,
+    serve,
+    settle,
+)
 
 from kvbm_jax import invariants
-from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, HashingError, OutOfBlocksError
+from kvbm_jax.errors import BlockStateError, ConfigError, HashingError
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.offload import MemoryBlockStore
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.offload.segments import SegmentBlockStore
-from kvbm_jax.protocols import BlockKey, Outcome, StoreRow, Tier
-
-HOST = {"enable_offload": True, "disk_budget": 0}
-
-
-def disk(path, **changes):
-    return {"enable_offload": True, "disk_budget": 64 << 20, "offload_path": path, "model_id": "tiny"} | changes
-
-
-def prompt(first, blocks, tail=1):
-    return list(range(first, first + blocks * SIZE + tail))
+from kvbm_jax.protocols import BlockKey, Tier
 
 
 def tokens_of(ids):
@@ -40,10 +43,6 @@ def requests(seed, count):
     return [
         ids for ids in synthetic.conversations(seed, requests=count, longest=20, users=6, id_bits=32) if len(ids) < 30
     ]
-
-
-def keys_of(ids):
-    return {hash_bytes(words) for words in hash_sequence(tokens_of(ids), SIZE)}
 
 
 @pytest.mark.parametrize(
@@ -71,13 +70,11 @@ def test_hits_are_those_of_the_rule_and_contents_are_right(capacities, seed):
             assert serve(manager, tokens_of(ids)) == expected
         settle(manager)
         invariants.assert_holds(manager._device.pool._pool)
-        for batch in events.drain():
-            for event in batch:
-                view.apply(event)
+        told = believed(events, view)
         for tier, held in model.held.items():
-            assert view.held[tier] == {known[number] for number in held}
+            assert told.get(tier, set()) == {known[number] for number in held}
         for store in stores:
-            assert {record.key.sequence_hash for _, record in store.records()} == view.held[store.tier]
+            assert {record.key.sequence_hash for _, record in store.records()} == told.get(store.tier, set())
         assert metrics.snapshot()["kvbm_eviction_count_total"] == model.evictions > 100
         assert metrics.snapshot()["kvbm_transfer_in_flight_bytes"] == 0
         assert not [name for name in metrics.snapshot() if "failures" in name or "dropped" in name]
@@ -169,19 +166,47 @@ def test_clear_forgets_all_tiers(tmp_path):
             serve(manager, prompt(first, 6))
         assert manager.clear() == 6
         settle(manager)
-        for batch in events.drain():
-            for event in batch:
-                view.apply(event)
-        assert not any(view.held.values())
+        assert not believed(events, view)
         assert {tier: stats.blocks for tier, stats in manager.tier_stats().items()} == {Tier.G2: 0, Tier.G3: 0}
         for first in (0, 1000, 2000, 3000):
             assert serve(manager, prompt(first, 6)) == {}
 
 
+def test_an_unbounded_store_takes_everything():
+    with make(7, stores=[MemoryBlockStore(BLOCK_BYTES)], metrics=InMemoryMetrics()) as manager:
+        for first in range(0, 20_000, 1000):
+            serve(manager, prompt(first, 6))
+        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
+
+
+def test_staging_arrays_are_used_again():
+    with make(40, host_blocks=200, **HOST) as manager:
+        for first in range(0, 40_000, 1000):
+            serve(manager, prompt(first, 36))
+            settle(manager)
+        free = manager._device.residency._engine._ring._free
+        assert {rows: len(arrays) for rows, arrays in free.items()} == {4: 1, 32: 1}
+
+
+def test_sequences_that_compute_the_same_blocks_leave_them_once():
+    with make(64, max_sequences=2, host_blocks=30, **HOST) as manager:
+        with manager.start(prompt(0, 20)) as first, manager.start(prompt(0, 20)) as second:
+            for seq in (first, second):
+                prefill(manager, seq)
+            manager.register(first)
+            manager.register(second)
+            check(manager, first)
+            check(manager, second)
+        for number in range(1, 8):
+            serve(manager, prompt(1000 * number, 40))
+        serve(manager, prompt(0, 20))
+        assert manager.stats().held == 0
+
+
 # Tenants and inputs.
 
 
-def test_inputs_in_a_prompt_are_part_of_its_key_also_in_what_comes_later(tmp_path):
+def test_inputs_in_a_prompt_are_part_of_its_key_also_in_what_comes_later():
     cat, dog = b"hash of a cat", b"hash of a dog"
     with make(16, max_sequences=2) as manager:
         tokens = prompt(0, 3, 2)
@@ -353,15 +378,8 @@ def test_a_flush_copies_down_and_evicts_nothing(tmp_path):
         serve(manager, prompt(1000, 6))
         assert manager.flush() == (12, 0, 0)
         assert manager.flush() == (0, 0, 0)
-        for batch in events.drain():
-            for event in batch:
-                view.apply(event)
-        assert {tier: len(held) for tier, held in view.held.items()} == {
-            Tier.G1: 6,
-            Tier.G2: 6,
-            Tier.G3: 12,
-            Tier.G4: 0,
-        }
+        held = believed(events, view)
+        assert {tier: len(blocks) for tier, blocks in held.items()} == {Tier.G1: 6, Tier.G2: 6, Tier.G3: 12}
         assert serve(manager, prompt(1000, 6)) == {Tier.G1: 24}
         assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
     found = metrics.snapshot()
@@ -369,7 +387,7 @@ def test_a_flush_copies_down_and_evicts_nothing(tmp_path):
     assert found['kvbm_transfer_blocks_total{source="g2",target="g3"}'] == 6
 
 
-def test_a_flush_keeps_the_newest_where_the_disk_is_too_small(tmp_path):
+def test_a_flush_keeps_the_newest_where_the_disk_is_too_small():
     stores = [MemoryBlockStore(BLOCK_BYTES, capacity=9, tier=Tier.G3)]
     with make(32, stores=stores) as manager:
         for first in (0, 1000, 2000, 3000):
@@ -380,6 +398,23 @@ def test_a_flush_keeps_the_newest_where_the_disk_is_too_small(tmp_path):
         wanted = [*hash_sequence(prompt(3000, 4), SIZE), *hash_sequence(prompt(2000, 4), SIZE)]
         wanted += list(hash_sequence(prompt(1000, 4), SIZE)[:1])
         assert kept == {BlockKey(hash_bytes(words)) for words in wanted}
+
+
+def test_a_flush_writes_again_what_it_has_pushed_out_itself():
+    """The third prompt begins to push the first one out of the full disk, and that very prompt comes next."""
+    store = MemoryBlockStore(BLOCK_BYTES, capacity=6, tier=Tier.G3)
+    with make(32, stores=[store]) as manager:
+        events, view = manager.subscribe_events(), View()
+        for first in (0, 1000):
+            serve(manager, prompt(first, 3))
+        assert manager.flush() == (6, 0, 0)
+        serve(manager, prompt(2000, 1))
+        serve(manager, prompt(0, 3))
+        assert manager.flush() == (4, 0, 0)
+        assert_in_agreement(manager, [store], events, view)
+        wanted = [*hash_sequence(prompt(0, 3), SIZE), *hash_sequence(prompt(2000, 1), SIZE)]
+        wanted += list(hash_sequence(prompt(1000, 2), SIZE))
+        assert {record.key for _, record in store.records()} == {BlockKey(hash_bytes(words)) for words in wanted}
 
 
 def test_closing_without_a_flush_and_after_an_error_leaves_the_disk_alone(tmp_path):
@@ -427,239 +462,7 @@ def test_what_the_budget_has_no_room_for_any_more_is_trimmed(tmp_path):
         assert serve(manager, prompt(0, 6)) == {}
 
 
-# Faults.
-
-
-class Faulty:
-    """A store that fails on request."""
-
-    def __init__(self, store):
-        self._store = store
-        self.fail_puts = self.fail_gets = self.raise_once = self.raise_late_once = self.forget_records = False
-        self.room = None
-        self.gate = threading.Event()
-        self.gate.set()
-
-    def __getattr__(self, name):
-        return getattr(self._store, name)
-
-    def put(self, records, blocks):
-        if self.fail_puts:
-            return self._failed(len(records))
-        if self.room is not None and self._store.stats().blocks + len(records) > self.room:
-            return self._failed(len(records), Outcome.REFUSED)
-        future = self._store.put(records, blocks)
-        if self.gate.is_set():
-            return future
-        late = Future()
-
-        def wait():
-            self.gate.wait(60)
-            late.set_result(future.result())
-
-        threading.Thread(target=wait, daemon=True).start()
-        return late
-
-    def get(self, keys, out):
-        if self.raise_once:
-            self.raise_once = False
-            raise OSError("the medium is gone")
-        future = self._failed(len(keys)) if self.fail_gets else self._store.get(keys, out)
-        if self.raise_late_once:
-            self.raise_late_once = False
-            future = Future()
-            future.set_exception(OSError("the medium is gone"))
-        if self.forget_records:
-            rows = tuple(row._replace(record=None) for row in future.result())
-            future = Future()
-            future.set_result(rows)
-        return future
-
-    def _failed(self, count, outcome=Outcome.FAILED):
-        future = Future()
-        future.set_result((StoreRow(outcome, reason="no"),) * count)
-        return future
-
-
-def assert_in_agreement(manager, stores, events, view):
-    """Policy, stores and what a subscriber believes are the same."""
-    settle(manager)
-    manager._device.residency._engine._forget_lost()
-    settle(manager)
-    held = believed(events, view)
-    for store in stores:
-        stored = {record.key.sequence_hash for _, record in store.records()}
-        known = {key.sequence_hash for key in manager._device.residency._engine._tiers.oldest_first(store.tier)}
-        assert stored == known == held.get(store.tier, set())
-
-
-@pytest.fixture
-def faulty():
-    return {
-        tier: Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=blocks, tier=tier))
-        for tier, blocks in ((Tier.G2, 8), (Tier.G3, 40))
-    }
-
-
-def believed(events, view):
-    for batch in events.drain():
-        for event in batch:
-            view.apply(event)
-    return {tier: held for tier, held in view.held.items() if held}
-
-
-@pytest.mark.parametrize("tier", [Tier.G2, Tier.G3])
-def test_a_failed_put_is_a_miss_later_and_counted(faulty, tier):
-    metrics = InMemoryMetrics()
-    with make(7, stores=list(faulty.values()), metrics=metrics) as manager:
-        events, view = manager.subscribe_events(), View()
-        faulty[tier].fail_puts = True
-        for first in (0, 1000, 2000, 3000):
-            serve(manager, prompt(first, 6))
-        settle(manager)
-        faulty[tier].fail_puts = False
-        for first in (4000, 5000, 6000, 0, 7000, 4000, 5000, 6000):
-            serve(manager, prompt(first, 6))
-            settle(manager)
-        held = believed(events, view)
-        for store in faulty.values():
-            assert {record.key.sequence_hash for _, record in store.records()} == held[store.tier]
-            assert manager._device.residency._engine._tiers.count(store.tier) == len(held[store.tier])
-        assert sum(serve(manager, prompt(4000, 6)).values()) == 24
-    failures = [value for name, value in metrics.snapshot().items() if "failures" in name]
-    assert sum(failures) >= 8
-
-
-@pytest.mark.parametrize("fault", ["raise_once", "raise_late_once", "fail_gets", "forget_records"])
-def test_a_fault_between_tiers_leaves_policy_stores_and_subscribers_in_agreement(faulty, fault):
-    with make(7, stores=list(faulty.values())) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in (0, 1000):
-            serve(manager, prompt(first, 6))
-        settle(manager)
-        setattr(faulty[Tier.G2], fault, True)
-        serve(manager, prompt(2000, 6))
-        settle(manager)
-        setattr(faulty[Tier.G2], fault, False)
-        for first in range(3000, 9000, 1000):
-            serve(manager, prompt(first, 6))
-        assert_in_agreement(manager, faulty.values(), events, view)
-        assert serve(manager, prompt(7000, 6))
-        assert faulty[Tier.G2].stats().refused == 0
-
-
-def test_a_device_that_fails_to_deliver_leaves_them_in_agreement_too(faulty, monkeypatch):
-    with make(7, stores=list(faulty.values())) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in (0, 1000):
-            serve(manager, prompt(first, 6))
-        settle(manager)
-
-        def broken(array):
-            raise RuntimeError("the device has fallen off the bus")
-
-        monkeypatch.setattr("kvbm_jax.offload.mover.rows_of_array", broken)
-        serve(manager, prompt(2000, 6))
-        settle(manager)
-        monkeypatch.undo()
-        for first in range(3000, 9000, 1000):
-            serve(manager, prompt(first, 6))
-        assert_in_agreement(manager, faulty.values(), events, view)
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_a_store_that_raises_on_the_way_up_is_a_miss(faulty, late):
-    metrics = InMemoryMetrics()
-    with make(7, stores=[faulty[Tier.G2]], metrics=metrics) as manager:
-        events, view = manager.subscribe_events(), View()
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))
-        settle(manager)
-        setattr(faulty[Tier.G2], "raise_late_once" if late else "raise_once", True)
-        assert serve(manager, prompt(0, 6)) == {}
-        assert_in_agreement(manager, [faulty[Tier.G2]], events, view)
-    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="failed"}'] == 6
-
-
-def test_a_store_that_has_less_room_than_it_said_goes_on_with_what_it_has(faulty):
-    store = faulty[Tier.G3]
-    store.room = 18
-    with make(7, stores=[store]) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in range(0, 12_000, 1000):
-            serve(manager, prompt(first, 6))
-            settle(manager)
-        assert_in_agreement(manager, [store], events, view)
-        assert sum(serve(manager, prompt(9000, 6)).values()) == 24  # a late one is there
-
-
-@pytest.mark.parametrize("where", ["gather", "bytes_for"])
-def test_an_interrupt_while_offloading_leaves_them_in_agreement(faulty, monkeypatch, where):
-    with make(7, stores=list(faulty.values())) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in (0, 1000, 2000):
-            serve(manager, prompt(first, 6))
-
-        def interrupted(*args):
-            raise KeyboardInterrupt
-
-        pointers = [array.unsafe_buffer_pointer() for array in manager.cache.arrays]
-        monkeypatch.setattr(f"kvbm_jax.offload.staging.StagingRing.{where}", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            manager.start(prompt(3000, 6))
-        monkeypatch.undo()
-        assert manager.stats() == (7, 0, 0)
-        assert [array.unsafe_buffer_pointer() for array in manager.cache.arrays] == pointers
-        for first in range(4000, 9000, 1000):
-            serve(manager, prompt(first, 6))
-        assert_in_agreement(manager, faulty.values(), events, view)
-
-
-def test_a_start_that_cannot_fit_reads_nothing(faulty):
-    with make(8, max_sequences=2, stores=[faulty[Tier.G2]]) as manager:
-        serve(manager, prompt(0, 7))
-        serve(manager, prompt(1000, 7))
-        settle(manager)
-        before = faulty[Tier.G2].stats().hits
-        with manager.start(prompt(2000, 3)), pytest.raises(OutOfBlocksError):
-            manager.start(prompt(0, 7))
-        assert faulty[Tier.G2].stats().hits == before
-
-
-def test_closing_that_is_interrupted_still_closes(tmp_path, monkeypatch):
-    manager = make(7, **disk(tmp_path))
-    events = manager.subscribe_events()
-    serve(manager, prompt(0, 6))
-
-    def interrupted(*args):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("kvbm_jax.offload.engine.OffloadEngine.flush", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        manager.close()
-    monkeypatch.undo()
-    manager.close()
-    assert len(list(events)) >= 1  # the stream has an end
-    with make(7, **disk(tmp_path)) as manager:  # and the folder is free
-        assert serve(manager, prompt(0, 6)) == {}
-
-
-def test_a_closed_manager_says_so_and_lets_sequences_go(faulty):
-    manager = make(16, max_sequences=2, stores=[faulty[Tier.G2]])
-    with manager.start(prompt(0, 2)) as seq:
-        manager.close()
-        for call in (
-            lambda: manager.start(prompt(0, 2)),
-            lambda: manager.extend({seq: [1]}),
-            lambda: manager.reserve({seq: 1}),
-            lambda: manager.fork(seq),
-            lambda: manager.allocate_blocks(1),
-            manager.flush,
-            manager.clear,
-        ):
-            with pytest.raises(BlockStateError, match="the manager is closed"):
-                call()
-    assert seq.released
+# What is refused.
 
 
 @pytest.mark.parametrize(
@@ -676,7 +479,7 @@ def test_stores_that_cannot_stand_below_a_device_are_refused(tiers, message):
         make(stores=[MemoryBlockStore(BLOCK_BYTES, tier=tier) for tier in tiers])
 
 
-def test_stores_that_do_not_fit_the_cache_are_refused(tmp_path):
+def test_stores_that_do_not_fit_the_cache_are_refused():
     with pytest.raises(ConfigError, match="blocks of 64 bytes, the cache of 128"):
         make(stores=[MemoryBlockStore(64)])
     identity = CacheIdentity.of(make(1).layout, model_id="another", hash_algorithm="blake3")
@@ -684,171 +487,6 @@ def test_stores_that_do_not_fit_the_cache_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="model_id: 'another' != 'tiny'"):
         make(stores=[store], model_id="tiny")
     store.close()
-
-
-def test_an_unbounded_store_takes_everything():
-    with make(7, stores=[MemoryBlockStore(BLOCK_BYTES)], metrics=InMemoryMetrics()) as manager:
-        for first in range(0, 20_000, 1000):
-            serve(manager, prompt(first, 6))
-        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
-
-
-def test_a_failed_read_is_a_miss_and_forgotten(faulty):
-    metrics = InMemoryMetrics()
-    with make(7, stores=[faulty[Tier.G2]], metrics=metrics) as manager:
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))
-        settle(manager)
-        faulty[Tier.G2].fail_gets = True
-        assert serve(manager, prompt(0, 6)) == {}
-        faulty[Tier.G2].fail_gets = False
-        settle(manager)
-        invariants.assert_holds(manager._device.pool._pool)
-        assert manager.stats().held == 0
-    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="failed"}'] == 6
-
-
-def test_a_block_that_fails_in_one_tier_is_read_from_the_next():
-    stores = [MemoryBlockStore(BLOCK_BYTES, capacity=20, tier=tier) for tier in (Tier.G2, Tier.G3)]
-    with make(7, stores=stores) as manager:
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))
-        manager.flush()
-        gone = BlockKey(hash_bytes(hash_sequence(prompt(0, 6), SIZE)[2]))
-        stores[0].delete([gone])
-        assert serve(manager, prompt(0, 6)) == {Tier.G2: 20, Tier.G3: 4}
-
-
-def test_a_disk_that_lies_is_a_counted_miss_and_a_recomputation(tmp_path, caplog):
-    """A byte flipped in every file of the folder, in the middle and at the end; then a file cut short."""
-
-    def flip(path):
-        data = bytearray(path.read_bytes())
-        data[len(data) // 2] ^= 0x40
-        data[-1] ^= 1
-        path.write_bytes(data)
-
-    prompts = [prompt(first, 6) for first in range(0, 4000, 1000)]
-    for damage in (flip, lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])):
-        with make(32, **disk(tmp_path)) as manager:
-            for tokens in prompts:
-                serve(manager, tokens)
-        for path in [path for path in tmp_path.rglob("*") if path.is_file() and path.stat().st_size]:
-            damage(path)
-        metrics = InMemoryMetrics()
-        with make(32, metrics=metrics, **disk(tmp_path)) as manager:
-            unreadable = manager.tier_stats()[Tier.G3].unreadable
-            for tokens in prompts:
-                serve(manager, tokens)  # right contents, wherever they come from
-            failures = sum(value for name, value in metrics.snapshot().items() if "failures" in name)
-            assert unreadable or failures
-            settle(manager)
-    assert "seg-" in caplog.text
-
-
-def test_corrupt_host_memory_never_reaches_the_device():
-    metrics = InMemoryMetrics()
-    with make(7, metrics=metrics, host_blocks=20, **HOST) as manager:
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))
-        settle(manager)
-        store = manager._device.residency._engine._stores[Tier.G2]
-        numbers = {record.key.sequence_hash: block_id for block_id, record in store.records()}
-        third = numbers[hash_bytes(hash_sequence(prompt(0, 6), SIZE)[3])]
-        store.slots[third, 5] ^= 1
-        assert serve(manager, prompt(0, 6)) == {Tier.G2: 12}
-        serve(manager, prompt(1000, 6))
-        settle(manager)
-        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
-    assert metrics.snapshot()['kvbm_transfer_failures_total{source="g2",target="g1",reason="corrupt"}'] == 1
-
-
-def test_blocks_on_their_way_to_a_slow_disk_are_served_from_memory(faulty):
-    with make(7, stores=[faulty[Tier.G3]]) as manager:
-        events, view = manager.subscribe_events(), View()
-        faulty[Tier.G3].gate.clear()
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))  # 0 is on its way, and stays there
-        assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
-        assert len(believed(events, view)[Tier.G1]) == 12  # 1000's claim stands until it is down
-        faulty[Tier.G3].gate.set()
-        settle(manager)
-        held = believed(events, view)
-        assert (len(held[Tier.G1]), len(held[Tier.G3])) == (6, 12)
-
-
-def test_too_much_in_flight_drops_offloads_and_counts_them(faulty):
-    metrics = InMemoryMetrics()
-    with make(7, stores=[faulty[Tier.G3]], metrics=metrics) as manager:
-        events, view = manager.subscribe_events(), View()
-        manager._device.residency._engine._max_bytes = 40 * BLOCK_BYTES
-        faulty[Tier.G3].gate.clear()
-        for first in range(0, 10_000, 1000):
-            serve(manager, prompt(first, 6))
-        assert metrics.snapshot()["kvbm_offload_dropped_blocks_total"] >= 30
-        assert 0 < metrics.snapshot()["kvbm_transfer_in_flight_bytes"] <= 80 * BLOCK_BYTES
-        faulty[Tier.G3].gate.set()
-        settle(manager)
-        held = believed(events, view)
-        assert held[Tier.G3] == {record.key.sequence_hash for _, record in faulty[Tier.G3].records()}
-        assert len(held[Tier.G1]) == 6
-        assert serve(manager, prompt(0, 6)) == {Tier.G3: 24}
-
-
-def test_a_hung_disk_does_not_hold_up_the_host_tier():
-    host = MemoryBlockStore(BLOCK_BYTES, capacity=12, tier=Tier.G2)
-    hung = Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=200, tier=Tier.G3))
-    metrics = InMemoryMetrics()
-    with make(7, stores=[host, hung], metrics=metrics) as manager:
-        events, view = manager.subscribe_events(), View()
-        manager._device.residency._engine._max_bytes = 64 * BLOCK_BYTES
-        hung.gate.clear()
-        for first in range(0, 20_000, 1000):
-            serve(manager, prompt(first, 6))
-            manager._device.residency._engine._mover.settle()
-        assert serve(manager, prompt(18_000, 6)) == {Tier.G2: 24}
-        found = metrics.snapshot()
-        assert found["kvbm_offload_dropped_blocks_total"] > 30
-        assert found["kvbm_transfer_in_flight_bytes"] <= 64 * BLOCK_BYTES
-        hung.gate.set()
-        assert_in_agreement(manager, [host, hung], events, view)
-
-
-def test_a_flush_ends_at_its_deadline(faulty):
-    manager = make(16, stores=[faulty[Tier.G3]])
-    faulty[Tier.G3].gate.clear()
-    serve(manager, prompt(0, 6))
-    assert manager.flush(0.05) == (0, 0, 6)
-    faulty[Tier.G3].gate.set()
-    settle(manager)
-    assert manager.flush() == (0, 0, 0)
-    manager.close()
-    manager.close()
-
-
-def test_a_lost_cache_leaves_the_tiers_below(faulty):
-    with make(7, stores=[faulty[Tier.G2]]) as manager:
-        serve(manager, prompt(0, 6))
-        serve(manager, prompt(1000, 6))
-
-        def destroy(cache):
-            for array in cache.arrays:
-                array.delete()
-            raise RuntimeError("out of memory")
-
-        with pytest.raises(CacheLostError):
-            manager.run(destroy)
-        assert serve(manager, prompt(1000, 6)) == {}
-        assert serve(manager, prompt(0, 6)) == {Tier.G2: 24}
-
-
-def test_staging_arrays_are_used_again():
-    with make(40, host_blocks=200, **HOST) as manager:
-        for first in range(0, 40_000, 1000):
-            serve(manager, prompt(first, 36))
-            settle(manager)
-        free = manager._device.residency._engine._ring._free
-        assert {rows: len(arrays) for rows, arrays in free.items()} == {4: 1, 32: 1}
 
 
 def test_a_disk_tier_needs_a_name_and_a_usable_folder(tmp_path):
@@ -859,18 +497,3 @@ def test_a_disk_tier_needs_a_name_and_a_usable_folder(tmp_path):
         make(host_blocks=3, **disk(tmp_path / "file"))
     with make(**disk(tmp_path / "folder")), pytest.raises(ConfigError, match="in use"):
         make(**disk(tmp_path / "folder"))
-
-
-def test_sequences_that_compute_the_same_blocks_leave_them_once():
-    with make(64, max_sequences=2, host_blocks=30, **HOST) as manager:
-        with manager.start(prompt(0, 20)) as first, manager.start(prompt(0, 20)) as second:
-            for seq in (first, second):
-                prefill(manager, seq)
-            manager.register(first)
-            manager.register(second)
-            check(manager, first)
-            check(manager, second)
-        for number in range(1, 8):
-            serve(manager, prompt(1000 * number, 40))
-        serve(manager, prompt(0, 20))
-        assert manager.stats().held == 0

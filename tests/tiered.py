@@ -1,11 +1,13 @@
-"""A manager whose blocks have contents that can be told right from wrong, and a model of which tier holds what.
+"""A manager whose blocks have contents that tell right from wrong, a model of who holds what, and stores that fail.
 
 The contents of a token's slot are a function of all tokens up to it: a block in the wrong place, or of another prefix,
 does not pass for the right one.
 """
 
 import functools
+import threading
 from collections import OrderedDict
+from concurrent.futures import Future
 
 import jax
 import numpy as np
@@ -13,12 +15,23 @@ import xxhash
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax import cache as kv_cache
-from kvbm_jax.protocols import Tier
+from kvbm_jax.protocols import Outcome, StoreRow, Tier
 
 SIZE = 4
 LAYERS = 2
 WIDTH = 256  # tokens of the longest prompt
 BLOCK_BYTES = LAYERS * 2 * SIZE * 1 * 2 * 4
+HOST = {"enable_offload": True, "disk_budget": 0}
+
+
+def disk(path, **changes):
+    """Configuration of a disk tier."""
+    return {"enable_offload": True, "disk_budget": 64 << 20, "offload_path": path, "model_id": "tiny"} | changes
+
+
+def prompt(first, blocks, tail=1):
+    """Tokens that count up from `first`: whole blocks, and `tail` more."""
+    return list(range(first, first + blocks * SIZE + tail))
 
 
 def make(num_blocks=8, max_sequences=1, metrics=None, stores=None, **config):
@@ -160,3 +173,74 @@ class View:
             self.held[event.tier].add(key)
             if kind == "migrated":
                 self.held[event.from_tier].discard(key)
+
+
+def believed(events, view):
+    """What a subscriber believes after the events so far, by tier; empty tiers are left out."""
+    for batch in events.drain():
+        for event in batch:
+            view.apply(event)
+    return {tier: held for tier, held in view.held.items() if held}
+
+
+def assert_in_agreement(manager, stores, events, view):
+    """Policy, stores and what a subscriber believes are the same."""
+    settle(manager)
+    manager._device.residency._engine._forget_lost()
+    settle(manager)
+    held = believed(events, view)
+    for store in stores:
+        stored = {record.key.sequence_hash for _, record in store.records()}
+        known = {key.sequence_hash for key in manager._device.residency._engine._tiers.oldest_first(store.tier)}
+        assert stored == known == held.get(store.tier, set())
+
+
+class Faulty:
+    """A store that fails on request."""
+
+    def __init__(self, store):
+        self._store = store
+        self.fail_puts = self.fail_gets = self.raise_once = self.raise_late_once = self.forget_records = False
+        self.room = None
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def __getattr__(self, name):
+        return getattr(self._store, name)
+
+    def put(self, records, blocks):
+        if self.fail_puts:
+            return self._failed(len(records))
+        if self.room is not None and self._store.stats().blocks + len(records) > self.room:
+            return self._failed(len(records), Outcome.REFUSED)
+        future = self._store.put(records, blocks)
+        if self.gate.is_set():
+            return future
+        late = Future()
+
+        def wait():
+            self.gate.wait(60)
+            late.set_result(future.result())
+
+        threading.Thread(target=wait, daemon=True).start()
+        return late
+
+    def get(self, keys, out):
+        if self.raise_once:
+            self.raise_once = False
+            raise OSError("the medium is gone")
+        future = self._failed(len(keys)) if self.fail_gets else self._store.get(keys, out)
+        if self.raise_late_once:
+            self.raise_late_once = False
+            future = Future()
+            future.set_exception(OSError("the medium is gone"))
+        if self.forget_records:
+            rows = tuple(row._replace(record=None) for row in future.result())
+            future = Future()
+            future.set_result(rows)
+        return future
+
+    def _failed(self, count, outcome=Outcome.FAILED):
+        future = Future()
+        future.set_result((StoreRow(outcome, reason="no"),) * count)
+        return future

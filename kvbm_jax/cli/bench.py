@@ -1,15 +1,14 @@
 """`kvbm-jax bench`: how fast parts of the library are here, each beside a baseline of the same run."""
 
 import argparse
-import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Concatenate
 
 from kvbm_jax.cli.arguments import at_least, folder
-from kvbm_jax.cli.report import Report
+from kvbm_jax.cli.report import Report, show_progress
 
 if TYPE_CHECKING:
-    from kvbm_jax.bench.timing import Row
+    from kvbm_jax.bench.timing import Row, Timing
 
 __all__ = ["SUMMARY", "add_arguments", "run"]
 
@@ -64,36 +63,39 @@ def run(args: argparse.Namespace) -> Report:
 
 def _offload(args: argparse.Namespace) -> Report:
     from kvbm_jax.bench.offload import BLOCK_BYTES, measure  # noqa: PLC0415 (it brings JAX; `--help` need not)
-    from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
 
-    try:
-        rows = measure(Timing(args.repeats, _progress), args.blocks, args.path)
-    finally:
-        _progress("")
+    rows = _timed(args.repeats, measure, args.blocks, args.path)
     head = f"{args.blocks:,} blocks of {BLOCK_BYTES:,} bytes, medians of {args.repeats:,}"
     return _report("offload", head, rows)
 
 
 def _pool(args: argparse.Namespace) -> Report:
     from kvbm_jax.bench.pool import measure  # noqa: PLC0415
-    from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
 
-    try:
-        rows = measure(Timing(args.repeats, _progress), args.blocks)
-    finally:
-        _progress("")
+    rows = _timed(args.repeats, measure, args.blocks)
     return _report("pool", f"{args.blocks:,} blocks, a step, medians of {args.repeats:,}", rows)
 
 
 def _hash(args: argparse.Namespace) -> Report:
     from kvbm_jax.bench.hash import measure  # noqa: PLC0415 (the hashing packages, too, `--help` need not)
+
+    rows = _timed(args.repeats, measure, args.tokens)
+    return _report("hash", f"{args.tokens:,} tokens, medians of {args.repeats:,}", rows, args.tokens)
+
+
+def _timed[**P](
+    repeats: int,
+    measure: "Callable[Concatenate[Timing, P], list[Row]]",
+    *args: P.args,
+    **kwargs: P.kwargs,
+) -> "list[Row]":
+    """Takes measurements, showing a person what is under way, and wipes that away."""
     from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
 
     try:
-        rows = measure(Timing(args.repeats, _progress), args.tokens)
+        return measure(Timing(repeats, show_progress), *args, **kwargs)
     finally:
-        _progress("")
-    return _report("hash", f"{args.tokens:,} tokens, medians of {args.repeats:,}", rows, args.tokens)
+        show_progress("")
 
 
 def _report(bench: str, head: str, rows: Sequence["Row"], tokens: int | None = None) -> Report:
@@ -108,9 +110,3 @@ def _report(bench: str, head: str, rows: Sequence["Row"], tokens: int | None = N
             f"{row.ratio:>6.2f}{rate}  {row.baseline}"
         )
     return Report({"bench": bench, "rows": [row.as_dict() for row in rows]}, "\n".join(lines))
-
-
-def _progress(text: str) -> None:
-    """Shows what is under way in place of what was shown before, to a person only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)

@@ -9,16 +9,17 @@ the same requests finds. The bytes follow on one worker (`mover`), in the same o
     cache <--scatter-- verified rows <---------+--------------------+
 
 A decode step never waits: when a slow disk has too much in flight, what would go there is dropped and counted, and the
-host tier goes on; when even that is too much, what is evicted is dropped. Stores verify what they
-read; a block that cannot be had is a miss, is counted, and is forgotten.
+host tier goes on; when even that is too much, what is evicted is dropped. Stores verify what they read; a block that
+cannot be had is a miss, is counted, and is forgotten.
 
 Axes: n blocks of a call, P bytes of a block.
 """
 
+import collections
 import functools
 import logging
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -32,6 +33,7 @@ from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
 from kvbm_jax.offload.buffer_pool import BufferPool
 from kvbm_jax.offload.calls import attempt, rows_of
+from kvbm_jax.offload.edges import EdgeMetrics
 from kvbm_jax.offload.mover import Job, JobResult, Mover, Staged
 from kvbm_jax.offload.staging import StagingRing, rows_for
 from kvbm_jax.offload.victims import Plan, Transfer, VictimTiers, plan
@@ -117,14 +119,15 @@ class OffloadEngine:
         self._ring = StagingRing(layout)
         self._buffers = BufferPool()
         self._announcer = TierAnnouncer(publisher)
+        self._edges = EdgeMetrics(metrics, clock, layout.block_bytes)
         self._mover = Mover(
             stores,
             block_bytes=layout.block_bytes,
             ring=self._ring,
             buffers=self._buffers,
             announcer=self._announcer,
+            edges=self._edges,
             metrics=metrics,
-            clock=clock,
         )
         for store in stores:
             self._adopt(store)
@@ -152,7 +155,9 @@ class OffloadEngine:
         if not in_flight or in_flight + needed <= self._max_bytes * _SHARE_OF_SLOW_TIERS:
             decided = plan([move for key in on_device for move in self._tiers.offer(key)])
         elif self._top is not self._lowest and in_flight + staged <= self._max_bytes:
-            decided = self._only_to_top(on_device)
+            moves = [move for key in on_device for move in self._tiers.offer(key, down_to=self._top)]
+            decided = plan(moves)
+            self._metrics.count("kvbm_offload_dropped_blocks_total", sum(move.target is None for move in moves))
         else:
             decided = Plan([], [], list(on_device))
             self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
@@ -255,22 +260,10 @@ class OffloadEngine:
         """Lets moves under way end, `seconds` at most, and closes the stores."""
         self._mover.close(seconds)
 
-    def _only_to_top(self, keys: Mapping[BlockKey, Resident]) -> Plan[BlockKey]:
-        """Offers blocks to the fastest tier alone; what that takes out is dropped."""
-        known = {key for key in keys if self._tiers.holds(key, self._top)}
-        gone = [move.key for key in keys for move in self._tiers.insert(key, self._top)]
-        self._metrics.count("kvbm_offload_dropped_blocks_total", len(gone))
-        kept = [key for key in keys if self._tiers.holds(key, self._top)]
-        return Plan(
-            [Transfer(key, Tier.G1, self._top) for key in kept if key not in known],
-            [(key, self._top) for key in gone if key not in keys or key in known],
-            [key for key in keys if key in known or key not in kept],
-        )
-
     def _adopt(self, store: BlockStore) -> None:
         """Takes over what a store holds, the oldest first."""
         held = {record.key: Arrival(record, block_id) for block_id, record in store.records()}
-        surplus = [move.key for key in held for move in self._tiers.insert(key, store.tier)]
+        surplus = [gone for key in held for gone in self._tiers.insert(key, store.tier)]
         self._mover.forget(store.tier, dict.fromkeys(surplus))
         self._announcer.created(store.tier, [held[key] for key in self._tiers.oldest_first(store.tier)])
 
@@ -279,10 +272,14 @@ class OffloadEngine:
     ) -> Job:
         """Has blocks copied to the lowest tier where it lacks them."""
         lowest = self._lowest
-        new = [key for key in origins if not self._tiers.holds(key, lowest)]
-        surplus = [move.key for key in origins for move in self._tiers.insert(key, lowest)]
-        transfers = [Transfer(key, origins[key], lowest) for key in new if self._tiers.holds(key, lowest)]
-        removed = [(key, lowest) for key in surplus if key not in new]
+        arriving: dict[BlockKey, Tier] = {}  # where their bytes are
+        removed: list[tuple[BlockKey, Tier]] = []
+        for key, origin in origins.items():
+            if not self._tiers.holds(key, lowest):
+                arriving[key] = origin
+            surplus = self._tiers.insert(key, lowest)
+            removed += [(gone, lowest) for gone in surplus if arriving.pop(gone, None) is None]
+        transfers = [Transfer(key, origin, lowest) for key, origin in arriving.items()]
         return self._submit(cache, transfers, removed, on_device, is_copy=True)
 
     def _submit(
@@ -324,7 +321,7 @@ class OffloadEngine:
         Returns:
           Where each was found, up to the first that could not be had.
         """
-        begun = self._clock.monotonic_ns()
+        begun = self._edges.begin()
         found: dict[int, Tier] = {}
         runs: list[tuple[Tier, list[int]]] = []
         for i, (key, tier) in enumerate(zip(keys, tiers, strict=True)):
@@ -344,7 +341,8 @@ class OffloadEngine:
             results = dict(zip(run, rows_of(future, len(run)), strict=True))
             found |= {i: tier for i, row in results.items() if row.outcome is Outcome.OK}
             self._miss(tier, {keys[i]: row for i, row in results.items() if row.outcome is not Outcome.OK})
-        self._observe_read(list(found.values()), begun)
+        for tier, count in collections.Counter(found.values()).items():
+            self._edges.transferred(tier, Tier.G1, count, begun)
         for i, key in enumerate(keys):
             lower = self._tiers.locate(key) if i not in found else None
             if lower is not None and self._read([key], [lower], rows[i : i + 1]):
@@ -356,8 +354,7 @@ class OffloadEngine:
     def _miss(self, tier: Tier, rows: Mapping[BlockKey, StoreRow]) -> None:
         """Counts blocks that could not be read, and forgets them."""
         for key, row in rows.items():
-            edge = {"source": tier.label, "target": Tier.G1.label}
-            self._metrics.count("kvbm_transfer_failures_total", **edge, reason=row.outcome.value)
+            self._edges.failed(tier, Tier.G1, row.outcome.value)
             self._tiers.discard(key, tier)
         self._mover.forget(tier, {key: row.block_id or 0 for key, row in rows.items()})
 
@@ -374,16 +371,6 @@ class OffloadEngine:
                 # The store holds less than it said. What it has now is what it can hold.
                 self._tiers.limit(tier, self._tiers.count(tier))
                 _LOG.warning("tier %s has room for %d blocks only", tier.label, self._tiers.count(tier))
-
-    def _observe_read(self, tiers: Iterable[Tier], begun: int) -> None:
-        seconds = (self._clock.monotonic_ns() - begun) / 1e9
-        for tier in self._stores:
-            count = sum(found is tier for found in tiers)
-            if count:
-                edge = {"source": tier.label, "target": Tier.G1.label}
-                self._metrics.count("kvbm_transfer_blocks_total", count, **edge)
-                self._metrics.count("kvbm_transfer_bytes_total", count * self._block_bytes, **edge)
-                self._metrics.observe("kvbm_transfer_seconds", seconds, **edge)
 
     def _update_gauges(self) -> None:
         for tier, capacity in self._capacities.items():

@@ -28,13 +28,13 @@ from numpy.typing import NDArray
 from kvbm_jax.offload.announcer import Arrival, Departures, TierAnnouncer
 from kvbm_jax.offload.buffer_pool import BufferPool
 from kvbm_jax.offload.calls import Rows, attempt, rows_of
+from kvbm_jax.offload.edges import EdgeMetrics
 from kvbm_jax.offload.staging import StagingRing, rows_of_array
 from kvbm_jax.offload.victims import Transfer
 from kvbm_jax.protocols import (
     BlockKey,
     BlockRecord,
     BlockStore,
-    Clock,
     MetricsSink,
     Outcome,
     StoreFuture,
@@ -124,8 +124,8 @@ class Mover:
       ring: where staging arrays are given back.
       buffers: memory for what is read from a store.
       announcer: tells the world.
-      metrics: counts what crosses each edge.
-      clock: for durations.
+      edges: counts what crosses each edge.
+      metrics: takes the gauges of the queue.
     """
 
     def __init__(
@@ -136,8 +136,8 @@ class Mover:
         ring: StagingRing,
         buffers: BufferPool,
         announcer: TierAnnouncer,
+        edges: EdgeMetrics,
         metrics: MetricsSink,
-        clock: Clock,
     ) -> None:
         self._stores = {store.tier: store for store in stores}
         self._awaited = self._stores.keys() & {Tier.G2}
@@ -145,8 +145,8 @@ class Mover:
         self._ring = ring
         self._buffers = buffers
         self._announcer = announcer
+        self._edges = edges
         self._metrics = metrics
-        self._clock = clock
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="kvbm-offload")
         self._changed = threading.Condition()
         self._bytes = self._jobs = 0
@@ -232,7 +232,7 @@ class Mover:
             self._end_one(progress, Tier.G1)
 
     def _move(self, progress: _Progress) -> None:
-        job, begun = progress.job, self._clock.monotonic_ns()
+        job, begun = progress.job, self._edges.begin()
         pieces = self._read_staged(progress) + self._fetch(progress)
         moving = {(transfer.key, transfer.origin) for transfer in job.transfers}
         for tier in self._stores:
@@ -311,10 +311,7 @@ class Mover:
             written = sum(row.outcome is Outcome.OK for row in rows)
             done = progress.result
             progress.result = JobResult(done.written + written, done.failed + len(failures))
-            edge = {"source": origin.label, "target": target.label}
-            self._metrics.count("kvbm_transfer_blocks_total", written, **edge)
-            self._metrics.count("kvbm_transfer_bytes_total", written * self._block_bytes, **edge)
-            self._metrics.observe("kvbm_transfer_seconds", (self._clock.monotonic_ns() - put.begun) / 1e9, **edge)
+            self._edges.transferred(origin, target, written, put.begun)
             self._count_failures(origin, target, failures)
         finally:
             self._end_one(progress, origin)
@@ -381,7 +378,7 @@ class Mover:
 
     def _count_failures(self, origin: Tier, target: Tier, failures: Sequence[tuple[BlockKey, str]]) -> None:
         for _, reason in failures:
-            self._metrics.count("kvbm_transfer_failures_total", source=origin.label, target=target.label, reason=reason)
+            self._edges.failed(origin, target, reason)
         self._lose([Lost(key, target, None, reason == Outcome.REFUSED.value) for key, reason in failures])
 
     def _lose(self, lost: Sequence[Lost]) -> None:

@@ -55,17 +55,13 @@ class StagingRing:
         """
         sharding = cache.arrays[0].sharding
         arrays = []
-        first = 0
-        for rows in _sizes(len(block_ids), self._block_bytes):
-            ids = np.full((rows,), cache.layout.num_blocks, np.int32)
-            part = block_ids[first : first + rows]
-            ids[: len(part)] = part
+        for _, ids in _pieces(cache.layout, block_ids):
+            rows = len(ids)
             with self._lock:
                 target = self._free[rows].pop() if self._free[rows] else None
             if target is None:
                 target = jax.device_put(jnp.zeros((rows, *self._block_shape), self._dtype), sharding)
             arrays.append(_gather(target, cache, ids))
-            first += len(part)
         return arrays
 
     def release(self, arrays: Sequence[jax.Array]) -> None:
@@ -94,9 +90,12 @@ def onboard(
     `rows` is u8[M, P], M as `rows_for` says. JAX's CPU device takes aligned memory over without a copy, so `rows` must
     not be written as long as anything refers to it.
     """
-    sharding = cache.arrays[0].sharding
+    layout, sharding = cache.layout, cache.arrays[0].sharding
+    blocks = rows.view(jnp.dtype(layout.dtype)).reshape(len(rows), *_block_shape(layout))
     # Put explicitly, and all before the first scatter: as numpy arguments of a program they take several times longer.
-    pieces = [(ids, jax.device_put(piece, sharding)) for ids, piece in _pieces(cache.layout, block_ids, rows)]
+    pieces = [
+        (ids, jax.device_put(blocks[first : first + len(ids)], sharding)) for first, ids in _pieces(layout, block_ids)
+    ]
     for ids, piece in pieces:
         cache = _scatter(cache, ids, piece)
     return cache, None
@@ -116,16 +115,18 @@ def rows_for(count: int, block_bytes: int) -> int:
     return sum(_sizes(count, block_bytes))
 
 
-def _pieces(
-    layout: KVLayout, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
-) -> Iterator[tuple[NDArray[np.int32], NDArray[np.generic]]]:
-    """Cuts blocks into pieces of the sizes of staging arrays; what pads the last one goes nowhere."""
+def _pieces(layout: KVLayout, block_ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+    """Cuts blocks i32[n] into pieces of the sizes of staging arrays.
+
+    Yields:
+      Index of the first block, and ids i32[R]; what pads the last piece names no block.
+    """
     first = 0
     for size in _sizes(len(block_ids), layout.block_bytes):
         ids = np.full((size,), layout.num_blocks, np.int32)
         part = block_ids[first : first + size]
         ids[: len(part)] = part
-        yield ids, rows[first : first + size].view(jnp.dtype(layout.dtype)).reshape(size, *_block_shape(layout))
+        yield first, ids
         first += size
 
 

@@ -49,15 +49,20 @@ class VictimTiers[K: Hashable]:
         """Makes a block that was hit the most recent of its tier."""
         self._held[tier].move_to_end(key)
 
-    def offer(self, key: K, source: Tier = Tier.G1) -> list[Move[K]]:
+    def offer(self, key: K, source: Tier = Tier.G1, *, down_to: Tier = Tier.G4) -> list[Move[K]]:
         """Offers a block that a tier gives up to the tiers below it.
+
+        Args:
+          key: the block.
+          source: the tier that gives it up.
+          down_to: the last tier that is asked; what that takes out is gone.
 
         Returns:
           What happens, first to this block, then to those that have to make way for it.
         """
         moves: list[Move[K]] = []
         for tier, capacity in self._limits.items():
-            if tier <= source or capacity == 0:
+            if not source < tier <= down_to or capacity == 0:
                 continue
             held = self._held[tier]
             if key in held:
@@ -73,17 +78,17 @@ class VictimTiers[K: Hashable]:
         moves.append(Move(key, source, None))
         return moves
 
-    def insert(self, key: K, tier: Tier) -> list[Move[K]]:
+    def insert(self, key: K, tier: Tier) -> list[K]:
         """Makes a block the most recent of one tier, as a copy.
 
         Returns:
-          What has to make way for it, and goes nowhere.
+          The blocks that have to make way for it, and go nowhere.
         """
         held = self._held[tier]
         held[key] = None
         held.move_to_end(key)
         surplus = len(held) - self._limits[tier]
-        return [Move(held.popitem(last=False)[0], tier, None) for _ in range(surplus)]
+        return [held.popitem(last=False)[0] for _ in range(surplus)]
 
     def limit(self, tier: Tier, blocks: int) -> None:
         """Has a tier take no more than `blocks` from now on."""

@@ -1,11 +1,14 @@
 """The program itself: what it prints for machines, and what it says to bad input."""
 
 import json
+import sys
 
 import chat
 import make_trace
 import pytest
+import tenants
 
+from kvbm_jax.errors import KvbmError
 from kvbm_jax.replay import replay
 
 
@@ -77,6 +80,12 @@ def test_the_scripted_session(capsys):
         assert row["equal"]
         assert row["found"] >= 1500
         assert row["speedup"] > 1
+
+
+def test_a_second_process_that_fails_is_an_error_of_the_program(capsys):
+    with pytest.raises(KvbmError, match="ended with status 3"):
+        tenants.second_process([sys.executable, "-c", "import sys; print('no room', file=sys.stderr); sys.exit(3)"])
+    assert capsys.readouterr().err == "no room\n"
 
 
 @pytest.mark.long
