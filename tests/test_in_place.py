@@ -14,6 +14,7 @@ import pytest
 
 from kvbm_jax import attention, grants, invariants, pool, sequences, step
 from kvbm_jax import cache as kv_cache
+from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
@@ -160,7 +161,7 @@ def test_a_scan_of_allocate_register_and_release_works_in_place():
 @functools.cache
 def running():
     state = used_pool()
-    batch = sequences.init(B, W, block_size=T, pool_blocks=N, num_groups=G)
+    batch = sequences.init(B, W, block_size=T, pool_blocks=N, groups=(Group(),) * G)
     return state, batch
 
 
