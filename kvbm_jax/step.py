@@ -94,8 +94,8 @@ def step(
     prefix, cached = _match(state, running, plan.hashes, jnp.where(wide & real, plan.num_hashes, 0))
     ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
     leaving = groups * jnp.sum(ended)
-    slides = plan.num_computed is not None and has_windows(running.groups)
-    if slides:
+    passed = None
+    if plan.num_computed is not None and has_windows(running.groups):
         passed = sequences.passed(running, plan.num_computed, max_blocks=max_blocks)
         leaving += jnp.sum(passed, dtype=jnp.int32)
     most = jnp.minimum(leaving, pool.stats(state).held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
@@ -104,11 +104,12 @@ def step(
     begun = wide & real & room
     cached = jnp.where(begun, cached, 0)
     prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)
-    if slides:
+    dropped = []
+    if passed is not None:
         running, behind = sequences.drop_passed(running, jnp.where(room, passed, 0), max_blocks=max_blocks)
+        dropped.append(behind[:, ::-1].reshape(-1))
     running, ended = _end(running, jnp.where(room, plan.ending, batch))
-    ended = jnp.concatenate([behind[:, ::-1].reshape(-1), ended]) if slides else ended
-    state = pool.move(state, ended, prefix.reshape(-1))
+    state = pool.move(state, jnp.concatenate([*dropped, ended]), prefix.reshape(-1))
 
     fresh = jnp.where(begun, needed - cached, 0)
     growth = _growth(state, running, plan, max_blocks)

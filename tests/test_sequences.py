@@ -18,9 +18,9 @@ pytestmark = pytest.mark.core
 B, W, T = 4, 4, 4  # rows, blocks of a table, tokens of a block
 R, M = 2, 3  # rows and hashes of a call
 MAX_BLOCKS = 2
-BLOCKS = {1: 10, 2: 17, 3: 22}  # pool size by number of groups
 ONE, TWO = (None,), (None, None)  # the windows of each group
 HYBRID = [(None, 6), (5,), (10, None, 2), (1, 9)]  # the second is a state-space group
+BLOCKS = {windows: 3 + sum(7 if w is None else 5 for w in windows) for windows in (ONE, TWO, *HYBRID)}  # of the pool
 OK = Status.OK
 
 
@@ -72,7 +72,7 @@ class Model:
 
     def __init__(self, windows):
         self.windows, self.groups = windows, len(windows)
-        self.pool = OraclePool(BLOCKS[self.groups])
+        self.pool = OraclePool(BLOCKS[windows])
         self.tables = [[[] for _ in range(B)] for _ in windows]  # None where a window has passed
         self.lengths = [0] * B
 
@@ -262,7 +262,7 @@ class Driver:
     """Batch, pool and model, moved together and compared after each call."""
 
     def __init__(self, windows):
-        self.groups, self.n = len(windows), BLOCKS[len(windows)]
+        self.groups, self.n = len(windows), BLOCKS[windows]
         self.pool = pool.init(self.n)
         self.batch = sequences.init(B, W, block_size=T, pool_blocks=self.n, groups=tuple(map(Group, windows)))
         self.model = Model(windows)

@@ -123,7 +123,7 @@ class Driver:
     """Step, verbs and model side by side, compared after each step."""
 
     def __init__(self, windows):
-        self.n = BLOCKS[len(windows)]
+        self.n = BLOCKS[windows]
         self.state = pool.init(self.n)
         self.running = sequences.init(B, W, block_size=T, pool_blocks=self.n, groups=tuple(map(Group, windows)))
         self.model = Model(windows)
