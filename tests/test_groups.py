@@ -14,7 +14,7 @@ from kvbm_jax import attention, groups, invariants, pool, sequences
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.groups import Group
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import KVLayout
 from kvbm_jax.types import Status
 
 pytestmark = pytest.mark.core
@@ -30,7 +30,9 @@ def test_the_first_place_is_that_of_the_oldest_token_that_the_next_sees():
         assert places == expected
 
 
-@pytest.mark.parametrize("windows", [(None,), (None, None), (None, 40), (24, None, 8), (17,), (None, 1), (40, 8)], ids=str)
+@pytest.mark.parametrize(
+    "windows", [(None,), (None, None), (None, 40), (24, None, 8), (17,), (None, 1), (40, 8)], ids=str
+)
 @pytest.mark.parametrize("resident", [0.5, 0.9])
 def test_the_longest_hit_is_found_among_any_residents(windows, resident):
     rng = np.random.default_rng([len(windows), round(10 * resident)])
@@ -183,7 +185,7 @@ HEADS, DIM = 2, 8
 
 
 def attention_over(windows, tokens, chunk):
-    """Prefills `chunk` tokens, then decodes one by one, one layer for each group; every free block is poisoned.
+    """Prefills `chunk` tokens, then decodes one by one, in one array for all groups; every free block is poisoned.
 
     Returns:
       Outputs [tokens, G, Hq, D] and the queries, keys and values.
@@ -192,7 +194,7 @@ def attention_over(windows, tokens, chunk):
     count = len(windows)
     data = [rng.standard_normal((tokens, count, heads, DIM)).astype(np.float32) for heads in (2 * HEADS, HEADS, HEADS)]
     n = 5 * count + 1
-    layout = KVLayout(count, n, T, HEADS, DIM, "float32", LayoutKind.LAYER_STACKED)
+    layout = KVLayout(1, n, T, HEADS, DIM, "float32")
     cache = kv_cache.init(layout)
     cache = jax.tree.map(lambda x: jnp.full_like(x, jnp.nan), cache)
     state = pool.init(n)
@@ -206,10 +208,10 @@ def attention_over(windows, tokens, chunk):
         outputs = []
         for g in range(count):
             q, k, v = (jax.lax.dynamic_slice_in_dim(jnp.asarray(x), first, size)[:, g] for x in data)
-            output, cache = attention.attend(cache, g, q, k, v, step, group=g)
+            output, cache = attention.attend(cache, 0, q, k, v, step, group=g)
             outputs.append(output)
         state, batch, status = sequences.slide(state, batch, batch.lengths, max_blocks=2)
-        free = (state.ref_counts == 0)[None, :, None, None, None, None]
+        free = (state.ref_counts == 0)[:, None, None, None, None]
         cache = jax.tree.map(lambda x: jnp.where(free, jnp.nan, x), cache)
         return state, batch, cache, jnp.stack(outputs, axis=1), status
 
