@@ -82,8 +82,9 @@ def longest_hit(
     asked = blocks.shape[2]
     place = jnp.arange(asked, dtype=jnp.int32)[None, None, :]
     miss = blocks == num_blocks
-    full = [g for g, group in enumerate(groups) if group.window is None]
-    missed = jnp.any(miss[:, jnp.array(full, jnp.int32)], axis=1)  # [R, M]
+    missed = jnp.zeros((blocks.shape[0], asked), bool)  # by a full group
+    for g, group in enumerate(groups):
+        missed = missed | miss[:, g] if group.window is None else missed
     cached = jnp.min(jnp.where(missed, place[0], asked), axis=1, initial=asked).astype(jnp.int32)
     if not has_windows(groups):
         return jnp.where(place < cached[:, None, None], blocks, num_blocks), cached
