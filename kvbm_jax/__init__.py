@@ -19,6 +19,7 @@ from kvbm_jax import attention, cache, grants, invariants, kernels, layout, pool
 from kvbm_jax.attention import AttentionBatch, attend, decode_batch, paged_attention, step_batch
 from kvbm_jax.cache import KVCache, copy_blocks, gather_blocks, load_kv, scatter_blocks, store_kv
 from kvbm_jax.errors import KvbmError
+from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
 from kvbm_jax.pool import PoolState
 from kvbm_jax.sequences import SequenceBatch
@@ -53,6 +54,7 @@ __all__ = [
     "load_kv",
     "scatter_blocks",
     "store_kv",
+    "Group",
     "KVLayout",
     "LayoutKind",
     "PoolState",

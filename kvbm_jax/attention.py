@@ -15,6 +15,8 @@ import jax.numpy as jnp
 
 from kvbm_jax import cache as kv_cache
 from kvbm_jax import kernels, sequences
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group
 
 __all__ = ["AttentionBatch", "attend", "decode_batch", "paged_attention", "step_batch"]
 
@@ -30,6 +32,7 @@ class AttentionBatch:
     context_lens: jax.Array  # i32[B]: tokens of each sequence in the cache once this step is stored
     query_starts: jax.Array  # i32[B + 1]: sequence b owns tokens query_starts[b] : query_starts[b + 1]
     max_query_len: int = field(metadata={"static": True})  # bound of the tokens of one sequence
+    groups: tuple[Group, ...] = field(metadata={"static": True})  # G: what each group's layers see
 
     @property
     def last_tokens(self) -> jax.Array:
@@ -73,6 +76,7 @@ def step_batch(
         context_lens=jnp.where(counts > 0, first + counts, 0),
         query_starts=starts,
         max_query_len=max_query_len,
+        groups=running.groups,
     )
 
 
@@ -95,6 +99,7 @@ def decode_batch(running: sequences.SequenceBatch, active: jax.Array) -> Attenti
         context_lens=jnp.where(active, running.lengths, 0),
         query_starts=jnp.arange(active.shape[0] + 1, dtype=jnp.int32),
         max_query_len=1,
+        groups=running.groups,
     )
 
 
@@ -123,7 +128,7 @@ def attend(
       batch: the step.
       group: which table of the batch this layer uses.
       scale: of the scores; None = D ** -0.5.
-      sliding_window: positions that a query sees, its own included; None = all.
+      sliding_window: positions that a query sees, its own included, at most the window of its group; None = that.
       soft_cap: bound of the scores by tanh; None = none.
       implementation: see `kvbm_jax.kernels`.
 
@@ -131,7 +136,8 @@ def attend(
       The attention output [S, Hq, D] and the cache.
 
     Raises:
-      LayoutError: at trace time, if the shapes do not fit.
+      LayoutError: at trace time, if the shapes do not fit, or the window exceeds the group's: its table has no blocks
+        further back.
     """
     cache = kv_cache.store_kv(cache, layer, keys, values, batch.slots[group], implementation=implementation)
     output = paged_attention(
@@ -161,6 +167,9 @@ def paged_attention(
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> jax.Array:
     """Attends queries [S, Hq, D] over what is cached, without storing; see `attend`."""
+    window = batch.groups[group].window
+    if window is not None and sliding_window is not None and sliding_window > window:
+        raise LayoutError(f"sliding_window is {sliding_window}; group {group} keeps no more than {window} tokens")
     array, first = kv_cache.layer_view(cache, layer)
     return kernels.paged_attention(
         queries,
@@ -170,7 +179,7 @@ def paged_attention(
         batch.query_starts,
         max_query_len=batch.max_query_len,
         scale=scale,
-        sliding_window=sliding_window,
+        sliding_window=window if sliding_window is None else sliding_window,
         soft_cap=soft_cap,
         implementation=implementation,
     )

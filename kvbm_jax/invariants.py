@@ -1,4 +1,4 @@
-"""Conservation laws of a pool: what must hold after every verb, whatever was asked of it.
+"""Conservation laws of a pool and its sequences: what must hold after every verb, whatever was asked of it.
 
 `check` gives the numbers as values, usable inside jit; `assert_holds` raises on the host with them. Both cost work in
 proportion to the pool and are meant for tests, debugging and the `inspect` of a snapshot, not for the hot path.
@@ -11,9 +11,11 @@ import jax.numpy as jnp
 
 from kvbm_jax import index as block_index
 from kvbm_jax.errors import InvariantError
+from kvbm_jax.groups import first_places
 from kvbm_jax.pool import PoolState
+from kvbm_jax.sequences import SequenceBatch, blocks_for
 
-__all__ = ["Violations", "assert_holds", "check"]
+__all__ = ["SequenceViolations", "Violations", "assert_holds", "check", "check_sequences", "holders"]
 
 
 class Violations(NamedTuple):
@@ -32,6 +34,17 @@ class Violations(NamedTuple):
     """Groups of the queue whose count differs from their bits, plus a wrong total."""
     held_by_tables: jax.Array
     """Blocks whose ref count differs from the given number of holders; 0 if none is given."""
+
+
+class SequenceViolations(NamedTuple):
+    """How many table entries and rows break each law, i32[] each; all are 0 in a sound batch."""
+
+    misplaced_entries: jax.Array
+    """Entries that hold a block outside of the places from `first` up to `num_blocks`, or none inside."""
+    rows_without_room: jax.Array
+    """Rows whose tables have too few places for their length."""
+    passed_too_far: jax.Array
+    """Groups of rows that have freed a block which the next token sees."""
 
 
 def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
@@ -71,6 +84,28 @@ def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
         queue_counts_disagree=count(group_bits != queue.counts) + (jnp.sum(group_bits) != queue.size).astype(jnp.int32),
         held_by_tables=jnp.int32(0) if holders is None else count(holders != state.ref_counts),
     )
+
+
+def check_sequences(sequences: SequenceBatch) -> SequenceViolations:
+    """Counts the entries and rows that break each law."""
+    place = jnp.arange(sequences.block_tables.shape[2], dtype=jnp.int32)[None, None, :]
+    within = (place >= sequences.first[:, :, None]) & (place < sequences.num_blocks[None, :, None])
+    blocks = sequences.block_tables
+    held = (blocks >= 0) & (blocks < sequences.pool_blocks)
+    seen = first_places(sequences.groups, sequences.lengths, sequences.block_size)
+    wrong = jnp.where(within, ~held, blocks != sequences.pool_blocks)
+    short = sequences.num_blocks < blocks_for(sequences.lengths, sequences.block_size)
+    return SequenceViolations(
+        misplaced_entries=jnp.sum(wrong, dtype=jnp.int32),
+        rows_without_room=jnp.sum(short, dtype=jnp.int32),
+        passed_too_far=jnp.sum(sequences.first > seen, dtype=jnp.int32),
+    )
+
+
+def holders(sequences: SequenceBatch) -> jax.Array:
+    """Counts the table entries that name each block, i32[N], as `check` takes them."""
+    named = sequences.block_tables.reshape(-1)
+    return jnp.zeros((sequences.pool_blocks,), jnp.int32).at[named].add(1, mode="drop")
 
 
 def assert_holds(state: PoolState, holders: jax.Array | None = None) -> None:

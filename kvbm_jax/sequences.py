@@ -10,16 +10,18 @@ The verbs take the pool and the batch and return both:
     unshare    give rows that are about to be written a tail of their own (copy on write)
     trim       roll back to a shorter length and give the surplus blocks back
     rewind     roll back inside a compiled loop; the blocks stay for the tokens to come
+    slide      give back what the windows of sliding-window groups have passed
     release    give everything back, last block first
 
 A block that others hold, or can find by its hash, is never written: `extend` refuses a row whose tail is such a block
 until `unshare` has replaced it.
 
 Groups serve hybrid models: layers of one group share a table, all groups draw on one pool of equal-byte blocks, and a
-prefix hit is what every group can serve. A plain model has one group.
+prefix hit is what every group can serve (`kvbm_jax.groups`). A plain model has one group. The table of a window group
+has no blocks before place `first`: its entries there hold N.
 
 Axes: G groups, B rows of the batch, W blocks of a table, T tokens of a block, N blocks of the pool, R rows of one call,
-M hashes of a row, Q new tokens of a row.
+M hashes of a row, K blocks that one call appends or frees in a row's table.
 """
 
 from dataclasses import dataclass, field, replace
@@ -30,6 +32,7 @@ import jax.numpy as jnp
 
 from kvbm_jax import pool
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group, first_places, has_windows, longest_hit
 from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
@@ -41,13 +44,17 @@ __all__ = [
     "UnshareResult",
     "append",
     "blocks_for",
+    "drop_passed",
     "extend",
     "fork",
     "init",
     "last_first",
+    "passed",
     "register",
     "release",
     "rewind",
+    "set_first",
+    "slide",
     "slots",
     "start",
     "tails",
@@ -63,9 +70,11 @@ class SequenceBatch:
 
     block_tables: jax.Array  # i32[G, B, W], padded with N
     lengths: jax.Array  # i32[B]: tokens that have a slot
-    num_blocks: jax.Array  # i32[B]: blocks in each table, the same in every group
+    num_blocks: jax.Array  # i32[B]: places taken in each table, the same in every group
+    first: jax.Array  # i32[G, B]: the first place that holds a block; 0 in full groups
     block_size: int = field(metadata={"static": True})  # T
     pool_blocks: int = field(metadata={"static": True})  # N, which pads tables
+    groups: tuple[Group, ...] = field(metadata={"static": True})  # G of them
 
 
 class StartResult(NamedTuple):
@@ -101,7 +110,7 @@ class RegisterResult(NamedTuple):
 
 
 def init(
-    max_sequences: int, max_blocks: int, *, block_size: int, pool_blocks: int, num_groups: int = 1
+    max_sequences: int, max_blocks: int, *, block_size: int, pool_blocks: int, groups: tuple[Group, ...] = (Group(),)
 ) -> SequenceBatch:
     """Returns a batch of empty rows.
 
@@ -110,27 +119,29 @@ def init(
       max_blocks: W, which bounds the length of a sequence at W * T tokens.
       block_size: T.
       pool_blocks: N of the pool that the batch draws on.
-      num_groups: G.
+      groups: G of them, what each needs of the past; one full group for a plain model.
 
     Raises:
-      LayoutError: if a size is not positive.
+      LayoutError: if a size is not positive, or there is no group.
     """
     sizes = {
         "max_sequences": max_sequences,
         "max_blocks": max_blocks,
         "block_size": block_size,
         "pool_blocks": pool_blocks,
-        "num_groups": num_groups,
+        "number of groups": len(groups),
     }
     for name, value in sizes.items():
         if value < 1:
             raise LayoutError(f"{name} is {value}; it must be at least 1")
     return SequenceBatch(
-        block_tables=jnp.full((num_groups, max_sequences, max_blocks), pool_blocks, jnp.int32),
+        block_tables=jnp.full((len(groups), max_sequences, max_blocks), pool_blocks, jnp.int32),
         lengths=jnp.zeros((max_sequences,), jnp.int32),
         num_blocks=jnp.zeros((max_sequences,), jnp.int32),
+        first=jnp.zeros((len(groups), max_sequences), jnp.int32),
         block_size=block_size,
         pool_blocks=pool_blocks,
+        groups=groups,
     )
 
 
@@ -148,6 +159,9 @@ def start(
     num_tokens: jax.Array,
 ) -> tuple[pool.PoolState, SequenceBatch, StartResult]:
     """Begins sequences: their longest cached prefix is held, the rest of their tokens gets fresh blocks.
+
+    The prefix is the longest that every group can serve. Of it a window group holds only the blocks that the tokens
+    after it can see; after it, every group gets a block for each place, which `slide` frees once they are computed.
 
     Args:
       state: the pool.
@@ -169,16 +183,16 @@ def start(
         raise LayoutError(f"{asked} hashes a row exceed the table's {width} blocks; start fewer or widen the table")
     needed = blocks_for(num_tokens, sequences.block_size)
     wide = needed <= width
-    matches = [pool.match(state, hashes, jnp.where(wide, num_hashes, 0), group=group) for group in range(groups)]
-    cached = matches[0].num_blocks
-    for found in matches[1:]:
-        cached = jnp.minimum(cached, found.num_blocks)
+    wanted = jnp.where(wide, num_hashes, 0)
+    found = jnp.stack([pool.scan(state, hashes, wanted, group=group) for group in range(groups)], axis=1)
+    prefix, cached = longest_hit(
+        sequences.groups, found, block_size=sequences.block_size, num_blocks=sequences.pool_blocks
+    )
     # A row that does not fit gives back what it held; unless all of that has room in the queue, nothing is begun.
     room = groups * jnp.sum(cached) <= pool.release_room(state)
     begun = wide & room
     cached = jnp.where(begun, cached, 0)
-    kept = jnp.arange(asked, dtype=jnp.int32)[None, :] < cached[:, None]
-    prefix = jnp.stack([jnp.where(kept, m.block_ids, state.num_blocks) for m in matches], axis=1)  # [R, G, M]
+    prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)  # [R, G, M]
     state, _ = pool.acquire(state, prefix.reshape(count, -1))
 
     fresh = jnp.where(begun, needed - cached, 0)
@@ -201,6 +215,7 @@ def start(
         block_tables=sequences.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
         lengths=sequences.lengths.at[target].set(num_tokens, mode="drop"),
         num_blocks=sequences.num_blocks.at[target].set(needed, mode="drop"),
+        first=set_first(sequences, target, cached * sequences.block_size),
     )
     status = jnp.where(room, grant.status, Status.QUEUE_FULL)
     status = jnp.where(wide, status, Status.TABLE_FULL).astype(jnp.int32)
@@ -325,6 +340,7 @@ def release(
         block_tables=old.at[:, done].set(sequences.pool_blocks, mode="drop"),
         lengths=sequences.lengths.at[done].set(0, mode="drop"),
         num_blocks=sequences.num_blocks.at[done].set(0, mode="drop"),
+        first=set_first(sequences, done, 0),
     )
     return state, sequences, status
 
@@ -362,6 +378,9 @@ def fork(
         lengths=sequences.lengths.at[rows].set(lengths, mode="drop"),
         num_blocks=sequences.num_blocks.at[rows].set(count, mode="drop"),
     )
+    if has_windows(sequences.groups):
+        first = sequences.first.at[:, sources].get(mode="fill", fill_value=0)
+        forked = replace(forked, first=sequences.first.at[:, rows].set(first, mode="drop"))
     return state, forked, status
 
 
@@ -414,13 +433,17 @@ def trim(
 
     Returns:
       Pool, batch, and i32[B] status: INVALID_COUNT where a length is negative, beyond the present one, or gives back
-      more than `max_blocks`; QUEUE_FULL for all rows, and nothing is done, where what is given back has no room in
-      the inactive queue. A row that ends inside a registered block goes on after `unshare`.
+      more than `max_blocks`; WINDOW_PASSED where the next token would see a block that `slide` has freed; QUEUE_FULL
+      for all rows, and nothing is done, where what is given back has no room in the inactive queue. A row that ends
+      inside a registered block goes on after `unshare`.
     """
     _, batch, width = sequences.block_tables.shape
     kept = blocks_for(jnp.maximum(lengths, 0), sequences.block_size)
     surplus = sequences.num_blocks - kept
-    valid = (lengths >= 0) & (lengths <= sequences.lengths) & (surplus <= max_blocks)
+    counted = (lengths >= 0) & (lengths <= sequences.lengths) & (surplus <= max_blocks)
+    first = jnp.minimum(sequences.first, kept[None, :])  # where everything goes, nothing is missed
+    seen = ~_passed_over(sequences, first, lengths)
+    valid = counted & seen
     nth = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
     place = jnp.where(valid[:, None] & (nth < surplus[:, None]), kept[:, None] + nth, width)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
@@ -434,8 +457,10 @@ def trim(
         block_tables=old.at[:, row, place].set(sequences.pool_blocks, mode="drop"),
         lengths=jnp.where(done, lengths, sequences.lengths),
         num_blocks=jnp.where(done, kept, sequences.num_blocks),
+        first=jnp.where(done[None, :], first, sequences.first),
     )
-    status = jnp.where(valid, released, Status.INVALID_COUNT)
+    status = jnp.where(seen, released, Status.WINDOW_PASSED)
+    status = jnp.where(counted, status, Status.INVALID_COUNT)
     return state, trimmed, jnp.where(released == Status.QUEUE_FULL, released, status).astype(jnp.int32)
 
 
@@ -449,11 +474,89 @@ def rewind(sequences: SequenceBatch, lengths: jax.Array) -> tuple[SequenceBatch,
       lengths: i32[B], tokens that each row keeps.
 
     Returns:
-      The batch, and i32[B] status: INVALID_COUNT where a length is negative or beyond the present one.
+      The batch, and i32[B] status: INVALID_COUNT where a length is negative or beyond the present one, WINDOW_PASSED
+      where the next token would see a block that `slide` has freed.
     """
-    valid = (lengths >= 0) & (lengths <= sequences.lengths)
-    status = jnp.where(valid, Status.OK, Status.INVALID_COUNT).astype(jnp.int32)
+    counted = (lengths >= 0) & (lengths <= sequences.lengths)
+    seen = ~_passed_over(sequences, sequences.first, lengths)
+    status = jnp.where(seen, Status.OK, Status.WINDOW_PASSED)
+    status = jnp.where(counted, status, Status.INVALID_COUNT).astype(jnp.int32)
+    valid = counted & seen
     return replace(sequences, lengths=jnp.where(valid, lengths, sequences.lengths)), status
+
+
+def slide(
+    state: pool.PoolState, sequences: SequenceBatch, num_computed: jax.Array, *, max_blocks: int = 1
+) -> tuple[pool.PoolState, SequenceBatch, jax.Array]:
+    """Gives back the blocks of window groups that no token to come can see; full groups keep theirs.
+
+    Registered blocks become inactive and stay findable, others are reset, so register completed blocks before. A row
+    that has more than `max_blocks` to give back gives its oldest, and goes on in the next call.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      num_computed: i32[B], tokens of each row whose keys and values are written, at most its length; 0 leaves a row
+        as it is.
+      max_blocks: static bound of the blocks that a row gives back in one group.
+
+    Returns:
+      Pool, batch, and i32[B] status: INVALID_COUNT where a count is negative or beyond the length; QUEUE_FULL for all
+      rows, and nothing is done, where what is given back has no room in the inactive queue.
+    """
+    counts = passed(sequences, num_computed, max_blocks=max_blocks)
+    room = jnp.sum(counts, dtype=jnp.int32) <= pool.release_room(state)
+    sequences, blocks = drop_passed(sequences, jnp.where(room, counts, 0), max_blocks=max_blocks)
+    state, _ = pool.release(state, blocks)
+    valid = (num_computed >= 0) & (num_computed <= sequences.lengths)
+    status = jnp.where(valid, Status.OK, Status.INVALID_COUNT)
+    return state, sequences, jnp.where(room, status, Status.QUEUE_FULL).astype(jnp.int32)
+
+
+def passed(sequences: SequenceBatch, num_computed: jax.Array, *, max_blocks: int) -> jax.Array:
+    """Counts what `slide` would give back, i32[G, B]; see there."""
+    valid = (num_computed >= 0) & (num_computed <= sequences.lengths)
+    seen = first_places(sequences.groups, jnp.where(valid, num_computed, 0), sequences.block_size)
+    return jnp.clip(seen - sequences.first, 0, max_blocks)
+
+
+def drop_passed(sequences: SequenceBatch, counts: jax.Array, *, max_blocks: int) -> tuple[SequenceBatch, jax.Array]:
+    """Takes the oldest blocks out of tables, and leaves it to the caller to release them.
+
+    Args:
+      sequences: the batch.
+      counts: i32[G, B], at most `max_blocks`.
+      max_blocks: static K.
+
+    Returns:
+      The batch, and i32[B, K * G] the blocks as `last_first` lays them out, padded with N.
+    """
+    groups, batch, width = sequences.block_tables.shape
+    nth = jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
+    place = jnp.where(nth < counts[:, :, None], sequences.first[:, :, None] + nth, width)
+    row = jnp.arange(batch, dtype=jnp.int32)[None, :, None]
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    blocks = sequences.block_tables.at[group, row, place].get(mode="fill", fill_value=sequences.pool_blocks)
+    old, blocks = fence((sequences.block_tables, blocks))
+    tables = old.at[group, row, place].set(sequences.pool_blocks, mode="drop")
+    left = replace(sequences, block_tables=tables, first=sequences.first + counts)
+    return left, last_first(blocks.transpose(1, 0, 2))
+
+
+def set_first(sequences: SequenceBatch, rows: jax.Array, lengths: jax.Array | int) -> jax.Array:
+    """Returns `first` with rows i32[R], padded with B, as they begin with `lengths` cached tokens, i32[R]."""
+    if not has_windows(sequences.groups):
+        return sequences.first
+    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), rows.shape)
+    places = first_places(sequences.groups, lengths, sequences.block_size)
+    return sequences.first.at[:, rows].set(places, mode="drop")
+
+
+def _passed_over(sequences: SequenceBatch, first: jax.Array, lengths: jax.Array) -> jax.Array:
+    """Whether tokens from position `lengths` i32[B] on would see places before `first` i32[G, B], bool[B]."""
+    if not has_windows(sequences.groups):
+        return jnp.zeros(lengths.shape, bool)
+    return jnp.any(first_places(sequences.groups, lengths, sequences.block_size) < first, axis=0)
 
 
 def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> jax.Array:

@@ -3,7 +3,7 @@
 A server calls it once a step, jitted with pool and batch donated, or from within its own compiled step. It goes phase
 by phase, rows in order within a phase:
 
-    release     sequences that ended give everything back
+    release     windows give back what they have passed, sequences that ended everything
     match       new ones find and hold their longest cached prefix
     allocate    new ones, then those that grow, get blocks, until the first that does not fit
     register    completed blocks become findable: by the next call, not by this one
@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from kvbm_jax import index as block_index
 from kvbm_jax import pool, sequences
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import has_windows, longest_hit
 from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
@@ -43,6 +44,7 @@ class StepPlan(NamedTuple):
     complete_rows: jax.Array  # i32[P]: row of each completed block
     complete_places: jax.Array  # i32[P]: its index in the row's table
     complete_hashes: jax.Array  # u32[P, 4]: its sequence hash
+    num_computed: jax.Array | None = None  # i32[B]: as `sequences.slide` takes it; None: no window slides
 
 
 class StepResult(NamedTuple):
@@ -62,16 +64,16 @@ def step(
     """Carries out a plan.
 
     Tables, lengths, ref counts, generations, hashes, and the order of reset and of inactive blocks end as after
-    `sequences.release`, `start`, `extend` and `register`, called in this order with what the plan says, rows that grow
-    in the plan's order, with two differences. New rows and growing rows draw on one allocation: once a new row is
-    OUT_OF_BLOCKS, so are all rows that grow. And a step is not done by half: where what it may release has no room in
-    the inactive queue, nothing happens and every row and block gets QUEUE_FULL.
+    `sequences.slide`, `release`, `start`, `extend` and `register`, called in this order with what the plan says, rows
+    that grow in the plan's order, with two differences. New rows and growing rows draw on one allocation: once a new
+    row is OUT_OF_BLOCKS, so are all rows that grow. And a step is not done by half: where what it may release has no
+    room in the inactive queue, nothing happens and every row and block gets QUEUE_FULL.
 
     Args:
       state: the pool.
       running: the batch.
       plan: what to do.
-      max_blocks: static bound of the new blocks of a growing row in one group.
+      max_blocks: static bound of the new blocks of a growing row in one group, and of those that its window gives back.
 
     Returns:
       Pool, batch and result. A row that gets no blocks stays as it was, a new one empty. After QUEUE_FULL, `compact`
@@ -89,17 +91,25 @@ def step(
     needed = sequences.blocks_for(plan.num_tokens, running.block_size)
     wide = needed <= width
     real = plan.starting < batch
-    prefix, cached = _match(state, plan.hashes, jnp.where(wide & real, plan.num_hashes, 0), groups)
+    prefix, cached = _match(state, running, plan.hashes, jnp.where(wide & real, plan.num_hashes, 0))
     ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
-    held = pool.stats(state).held
-    most = jnp.minimum(groups * jnp.sum(ended), held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
+    leaving = groups * jnp.sum(ended)
+    passed = None
+    if plan.num_computed is not None and has_windows(running.groups):
+        passed = sequences.passed(running, plan.num_computed, max_blocks=max_blocks)
+        leaving += jnp.sum(passed, dtype=jnp.int32)
+    most = jnp.minimum(leaving, pool.stats(state).held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
     room = most <= pool.release_room(state)
 
     begun = wide & real & room
     cached = jnp.where(begun, cached, 0)
     prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)
+    dropped = []
+    if passed is not None:
+        running, behind = sequences.drop_passed(running, jnp.where(room, passed, 0), max_blocks=max_blocks)
+        dropped.append(behind[:, ::-1].reshape(-1))
     running, ended = _end(running, jnp.where(room, plan.ending, batch))
-    state = pool.move(state, ended, prefix.reshape(-1))
+    state = pool.move(state, jnp.concatenate([*dropped, ended]), prefix.reshape(-1))
 
     fresh = jnp.where(begun, needed - cached, 0)
     growth = _growth(state, running, plan, max_blocks)
@@ -142,16 +152,15 @@ class _Growth(NamedTuple):
     status: jax.Array  # i32[X]: why a row cannot grow whatever is free
 
 
-def _match(state: pool.PoolState, hashes: jax.Array, counts: jax.Array, groups: int) -> tuple[jax.Array, jax.Array]:
-    """Finds the longest prefix that every group can serve: i32[R, G, M] blocks, padded with N, and i32[R] how many."""
-    asked = hashes.shape[1]
-    keys = jnp.stack([pool.keys_of(hashes, group) for group in range(groups)], axis=1)
-    column = jnp.arange(asked, dtype=jnp.int32)
+def _match(
+    state: pool.PoolState, running: sequences.SequenceBatch, hashes: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Finds the longest prefix that every group can serve, as `groups.longest_hit`."""
+    keys = jnp.stack([pool.keys_of(hashes, group) for group in range(len(running.groups))], axis=1)
+    place = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, None, :]
     blocks = block_index.lookup(state.index, keys)
-    blocks = jnp.where(column[None, None, :] < counts[:, None, None], blocks, state.num_blocks)
-    miss = jnp.any(blocks == state.num_blocks, axis=1)
-    cached = jnp.min(jnp.where(miss, column[None, :], asked), axis=1, initial=asked).astype(jnp.int32)
-    return jnp.where(column[None, None, :] < cached[:, None, None], blocks, state.num_blocks), cached
+    blocks = jnp.where(place < counts[:, None, None], blocks, state.num_blocks)
+    return longest_hit(running.groups, blocks, block_size=running.block_size, num_blocks=state.num_blocks)
 
 
 def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.SequenceBatch, jax.Array]:
@@ -164,6 +173,7 @@ def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.S
         block_tables=old.at[:, rows].set(running.pool_blocks, mode="drop"),
         lengths=running.lengths.at[rows].set(0, mode="drop"),
         num_blocks=running.num_blocks.at[rows].set(0, mode="drop"),
+        first=sequences.set_first(running, rows, 0),
     )
     return emptied, blocks
 
@@ -207,6 +217,7 @@ def _begin(
         block_tables=running.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
         lengths=running.lengths.at[target].set(plan.num_tokens, mode="drop"),
         num_blocks=running.num_blocks.at[target].set(needed, mode="drop"),
+        first=sequences.set_first(running, target, cached * running.block_size),
     )
 
 

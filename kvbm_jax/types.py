@@ -30,6 +30,7 @@ class Status(enum.IntEnum):
     INVALID_COUNT = 9
     STALE_GENERATION = 10
     SHARED_TAIL = 11
+    WINDOW_PASSED = 12
 
     @property
     def message(self) -> str:
@@ -50,4 +51,5 @@ _MESSAGES: Final = {
     Status.INVALID_COUNT: "a count is negative or exceeds the static maximum of the call",
     Status.STALE_GENERATION: "the handle is older than its block's present use; drop it",
     Status.SHARED_TAIL: "the next token would be written into a block that others hold or can find; unshare the row",
+    Status.WINDOW_PASSED: "what the shorter sequence would see was freed behind a sliding window; start it anew",
 }

@@ -12,6 +12,7 @@ import pytest
 from kvbm_jax import attention, kernels, sequences
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
@@ -224,7 +225,7 @@ def running(lengths, seed=0):
             tables[g, b, :count] = ids[used : used + count]
             used += count
     return replace(
-        sequences.init(B, W, block_size=T, pool_blocks=N, num_groups=G),
+        sequences.init(B, W, block_size=T, pool_blocks=N, groups=(Group(),) * G),
         block_tables=jnp.array(tables),
         lengths=jnp.array(lengths, jnp.int32),
         num_blocks=jnp.array(counts, jnp.int32),

@@ -26,6 +26,7 @@ FLOORS = {
         "lru",
         "index",
         "ordering",
+        "groups",
         "sequences",
         "grants",
         "policies",

@@ -7,6 +7,7 @@ one of them, and gives back the buffers that it was given. Its jaxpr has no `whi
 import functools
 import math
 import re
+from dataclasses import replace
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ import pytest
 
 from kvbm_jax import attention, grants, invariants, pool, sequences, step
 from kvbm_jax import cache as kv_cache
+from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
@@ -160,11 +162,22 @@ def test_a_scan_of_allocate_register_and_release_works_in_place():
 @functools.cache
 def running():
     state = used_pool()
-    batch = sequences.init(B, W, block_size=T, pool_blocks=N, num_groups=G)
+    batch = sequences.init(B, W, block_size=T, pool_blocks=N, groups=(Group(),) * G)
     return state, batch
 
 
 ROW_IDS = jnp.arange(ROWS, dtype=jnp.int32)
+
+
+@functools.cache
+def hybrid():
+    state, batch = running()
+    return state, replace(batch, groups=(Group(), Group(window=40)))
+
+
+def slide(both, computed):
+    state, batch, status = sequences.slide(*both, computed, max_blocks=2)
+    return (state, batch), status
 
 
 def start(both, *args):
@@ -243,10 +256,24 @@ SEQUENCES = {
 }
 
 
+HYBRID = {
+    "slide": (slide, jnp.full((B,), 100, jnp.int32)),
+    "start": SEQUENCES["start"],
+    "release": SEQUENCES["release"],
+    "step": (a_step, a_plan()._replace(num_computed=jnp.full((B,), 100, jnp.int32))),
+}
+
+
 @pytest.mark.parametrize("name", SEQUENCES)
 def test_sequences_and_grants_work_in_place(name):
     verb, *args = SEQUENCES[name]
     check(verb, fresh(running()), *args)
+
+
+@pytest.mark.parametrize("name", HYBRID)
+def test_sequences_with_windows_work_in_place(name):
+    verb, *args = HYBRID[name]
+    check(verb, fresh(hybrid()), *args)
 
 
 # --- no data-dependent control flow
@@ -276,6 +303,7 @@ STATELESS = {
 TRACED = {
     **{name: (lambda call=call: (call[0], used_pool(), *call[1:])) for name, call in (POOL | WHOLE | READS).items()},
     **{f"sequences {name}": (lambda call=call: (call[0], running(), *call[1:])) for name, call in SEQUENCES.items()},
+    **{f"windows {name}": (lambda call=call: (call[0], hybrid(), *call[1:])) for name, call in HYBRID.items()},
     **STATELESS,
 }
 

@@ -1,4 +1,4 @@
-"""Sequences and grants against a plain model on top of the pool's oracle, for one group and for two."""
+"""Sequences and grants against a plain model on top of the pool's oracle, for one group and for several."""
 
 import functools
 
@@ -10,6 +10,7 @@ from oracle import OraclePool
 
 from kvbm_jax import grants, invariants, lru, pool, sequences
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group
 from kvbm_jax.types import Status
 
 pytestmark = pytest.mark.core
@@ -17,7 +18,9 @@ pytestmark = pytest.mark.core
 B, W, T = 4, 4, 4  # rows, blocks of a table, tokens of a block
 R, M = 2, 3  # rows and hashes of a call
 MAX_BLOCKS = 2
-BLOCKS = {1: 10, 2: 17}  # pool size by number of groups
+ONE, TWO = (None,), (None, None)  # the windows of each group
+HYBRID = [(None, 6), (5,), (10, None, 2), (1, 9)]  # the second is a state-space group
+BLOCKS = {windows: 3 + sum(7 if w is None else 5 for w in windows) for windows in (ONE, TWO, *HYBRID)}  # of the pool
 OK = Status.OK
 
 
@@ -32,7 +35,9 @@ def verbs():
         "unshare": jax.jit(sequences.unshare),
         "trim": jax.jit(functools.partial(sequences.trim, max_blocks=MAX_BLOCKS)),
         "rewind": jax.jit(sequences.rewind),
+        "slide": jax.jit(functools.partial(sequences.slide, max_blocks=MAX_BLOCKS)),
         "check": jax.jit(invariants.check),
+        "check_sequences": jax.jit(invariants.check_sequences),
         "match": jax.jit(pool.match),
         "compact": jax.jit(pool.compact),
         "reserve": jax.jit(functools.partial(grants.reserve, max_blocks=8)),
@@ -65,31 +70,42 @@ def column(values, fill):
 class Model:
     """What `sequences` must do, one row after the other."""
 
-    def __init__(self, groups):
-        self.groups = groups
-        self.pool = OraclePool(BLOCKS[groups])
-        self.tables = [[[] for _ in range(B)] for _ in range(groups)]
+    def __init__(self, windows):
+        self.windows, self.groups = windows, len(windows)
+        self.pool = OraclePool(BLOCKS[windows])
+        self.tables = [[[] for _ in range(B)] for _ in windows]  # None where a window has passed
         self.lengths = [0] * B
+
+    def needed(self, group, length):
+        """The places of the first `length` tokens that tokens after them can see."""
+        oldest = 0 if self.windows[group] is None else length - self.windows[group] + 1
+        return [j for j in range(-(-length // T)) if any(t >= oldest for t in range(j * T, j * T + T))]
+
+    def hit(self, numbers, count):
+        """The blocks of the longest prefix that every group can serve, for each group, None where none is needed."""
+        resident = [[self.pool.blocks.get((n, g)) for n in numbers[:count]] for g in range(self.groups)]
+        length = min(count, len(numbers))
+        while any(resident[g][j] is None for g in range(self.groups) for j in self.needed(g, length * T)):
+            length -= 1
+        needed = [self.needed(g, length * T) for g in range(self.groups)]
+        return [[resident[g][j] if j in needed[g] else None for j in range(length)] for g in range(self.groups)]
 
     def _release(self, tables):
         """Tables are [rows][groups][blocks]."""
         widest = [max(map(len, table), default=0) for table in tables]
         laid = [
-            [table[g][j] for j in range(wide) for g in range(self.groups) if j < len(table[g])]
+            [t[j] for j in range(wide) for t in table if j < len(t) and t[j] is not None]
             for table, wide in zip(tables, widest, strict=True)
         ]
         assert set(self.pool.release(laid)) <= {OK}
 
     def start(self, rows, numbers, num_hashes, num_tokens):
         needed = [-(-n // T) for n in num_tokens]
-        prefixes = []
-        for chained, count, need in zip(numbers, num_hashes, needed, strict=True):
-            found = [
-                self.pool.match([(n, g) for n in chained[: count if need <= W else 0]]) for g in range(self.groups)
-            ]
-            shortest = min(map(len, found))
-            prefixes.append([blocks[:shortest] for blocks in found])
-        self.pool.acquire([[b for blocks in prefix for b in blocks] for prefix in prefixes])
+        prefixes = [
+            self.hit(chained, count if need <= W else 0)
+            for chained, count, need in zip(numbers, num_hashes, needed, strict=True)
+        ]
+        self.pool.acquire([[b for blocks in prefix for b in blocks if b is not None] for prefix in prefixes])
         fresh = [need - len(prefix[0]) if need <= W else 0 for need, prefix in zip(needed, prefixes, strict=True)]
         granted, status, _ = self.pool.allocate([self.groups * count for count in fresh])
         cached = [0] * len(rows)
@@ -139,7 +155,7 @@ class Model:
     def fork(self, sources, rows):
         counts = [-(-self.lengths[source] // T) for source in sources]
         held = [
-            [self.tables[g][source][j] for j in range(count) for g in range(self.groups)]
+            [t[source][j] for j in range(count) for t in self.tables if t[source][j] is not None]
             for source, count in zip(sources, counts, strict=True)
         ]
         assert set(self.pool.acquire(held)) <= {OK}
@@ -164,36 +180,74 @@ class Model:
         self._release(left)
         return copies, status
 
+    def is_seen(self, row, length):
+        """Whether all that the token at position `length` sees, and the block it goes into, has not been freed."""
+        return all(
+            j >= len(self.tables[g][row]) or self.tables[g][row][j] is not None
+            for g in range(self.groups)
+            for j in [*self.needed(g, length), length // T]
+        )
+
     def trim(self, lengths):
         kept = [-(-n // T) for n in lengths]
-        valid = [
+        counted = [
             0 <= lengths[b] <= self.lengths[b] and len(self.tables[0][b]) - kept[b] <= MAX_BLOCKS for b in range(B)
         ]
-        rows = [b for b in range(B) if valid[b]]
+        # A tail that goes back is written anew: it does not matter whether it had been freed.
+        seen = [
+            counted[b]
+            and all(self.tables[g][b][j] is not None for g in range(self.groups) for j in self.needed(g, lengths[b]))
+            for b in range(B)
+        ]
+        status = [Status.INVALID_COUNT if not counted[b] else OK if seen[b] else Status.WINDOW_PASSED for b in range(B)]
+        rows = [b for b in range(B) if status[b] == OK]
         self._release([[self.tables[g][b][kept[b] :] for g in range(self.groups)] for b in rows])
         for b in rows:
             self.lengths[b] = lengths[b]
             for g in range(self.groups):
                 del self.tables[g][b][kept[b] :]
-        return [OK if fits else Status.INVALID_COUNT for fits in valid]
+        return status
 
     def rewind(self, lengths):
-        valid = [0 <= new <= old for new, old in zip(lengths, self.lengths, strict=True)]
-        self.lengths = [new if fits else old for new, old, fits in zip(lengths, self.lengths, valid, strict=True)]
-        return [OK if fits else Status.INVALID_COUNT for fits in valid]
+        status = [
+            Status.INVALID_COUNT
+            if not 0 <= n <= self.lengths[b]
+            else OK
+            if self.is_seen(b, n)
+            else Status.WINDOW_PASSED
+            for b, n in enumerate(lengths)
+        ]
+        self.lengths = [lengths[b] if status[b] == OK else self.lengths[b] for b in range(B)]
+        return status
+
+    def slide(self, computed):
+        freed = []
+        for b, n in enumerate(computed):
+            freed.append([])
+            for g, table in enumerate(self.tables):
+                needed = self.needed(g, n) if 0 <= n <= self.lengths[b] else range(W)
+                places = [j for j, block in enumerate(table[b][: n // T]) if block is not None and j not in needed]
+                freed[b].append([table[b][j] for j in places[:MAX_BLOCKS]])
+                for j in places[:MAX_BLOCKS]:
+                    table[b][j] = None
+        self._release(freed)
+        return [OK if 0 <= n <= self.lengths[b] else Status.INVALID_COUNT for b, n in enumerate(computed)]
 
     def register(self, rows, numbers, first):
         results = []
         for g in range(self.groups):
+            tables = [self.tables[g][row] for row in rows]
             named = [
-                [(self.tables[g][row][start + j], (n, g)) for j, n in enumerate(chained)]
-                for row, chained, start in zip(rows, numbers, first, strict=True)
+                [(table[start + j], (n, g)) for j, n in enumerate(chained) if table[start + j] is not None]
+                for table, chained, start in zip(tables, numbers, first, strict=True)
             ]
-            result = self.pool.register(named)
-            for row, start, entries in zip(rows, first, result, strict=True):
-                for j, (block, _, _) in enumerate(entries):
-                    self.tables[g][row][start + j] = block
-            results.append(result)
+            told = [iter(entries) for entries in self.pool.register(named)]
+            results.append([])
+            for table, chained, start, entries in zip(tables, numbers, first, told, strict=True):
+                places = range(start, start + len(chained))
+                results[g].append([(None, False, OK) if table[j] is None else next(entries) for j in places])
+                for j, (block, _, _) in zip(places, results[g][-1], strict=True):
+                    table[j] = block
         return results
 
     def release(self, rows):
@@ -207,11 +261,11 @@ class Model:
 class Driver:
     """Batch, pool and model, moved together and compared after each call."""
 
-    def __init__(self, groups):
-        self.groups, self.n = groups, BLOCKS[groups]
+    def __init__(self, windows):
+        self.groups, self.n = len(windows), BLOCKS[windows]
         self.pool = pool.init(self.n)
-        self.batch = sequences.init(B, W, block_size=T, pool_blocks=self.n, num_groups=groups)
-        self.model = Model(groups)
+        self.batch = sequences.init(B, W, block_size=T, pool_blocks=self.n, groups=tuple(map(Group, windows)))
+        self.model = Model(windows)
         self.do = verbs()
 
     def start(self, rows, contents, num_tokens, num_hashes=None):
@@ -249,7 +303,7 @@ class Driver:
         for g, told in enumerate(self.model.register(rows, numbers, first)):
             for i, entries in enumerate(told):
                 for j, (block, new, status) in enumerate(entries):
-                    assert int(result.block_ids[g, i, j]) == block
+                    assert int(result.block_ids[g, i, j]) == (self.n if block is None else block)
                     assert bool(result.registered[g, i, j]) == new
                     assert int(result.status[g, i, j]) == status
                 assert result.block_ids[g, i, len(entries) :].tolist() == [self.n] * (M - len(entries))
@@ -289,21 +343,33 @@ class Driver:
         self.check()
         return status.tolist()
 
+    def slide(self, computed):
+        self.pool, self.batch, status = self.do["slide"](self.pool, self.batch, jnp.array(computed, jnp.int32))
+        assert status.tolist() == self.model.slide(computed)
+        self.check()
+        return status.tolist()
+
     @property
     def tables(self):
-        return [[[b for b in row if b != self.n] for row in table] for table in self.batch.block_tables.tolist()]
+        return tables_of(self.batch)
 
     def check(self):
         assert self.tables == self.model.tables
-        for table in self.batch.block_tables.tolist():
-            for row, count in zip(table, self.batch.num_blocks.tolist(), strict=True):
-                assert all((b != self.n) == (j < count) for j, b in enumerate(row))
         assert self.batch.lengths.tolist() == self.model.lengths
-        holders = np.bincount([b for table in self.tables for row in table for b in row], minlength=self.n)
-        assert not any(map(int, self.do["check"](self.pool, jnp.asarray(holders, jnp.int32))))
+        assert not any(map(int, self.do["check_sequences"](self.batch)))
+        assert not any(map(int, self.do["check"](self.pool, invariants.holders(self.batch))))
         assert stack(self.pool) == self.model.pool.reset
         assert self.pool.ref_counts.tolist() == self.model.pool.refs
         assert queue_order(self.pool) == list(self.model.pool.inactive)
+
+
+def tables_of(batch):
+    """Blocks of each group and row, None where a window has passed."""
+    tables, counts = batch.block_tables.tolist(), batch.num_blocks.tolist()
+    return [
+        [[b if b != batch.pool_blocks else None for b in row[:n]] for row, n in zip(table, counts, strict=True)]
+        for table in tables
+    ]
 
 
 def stack(state):
@@ -317,16 +383,17 @@ def queue_order(state):
     return queue.ring[entry[live == 1]].tolist()
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
 @pytest.mark.parametrize("seed", range(2))
-def test_random_steps_match_the_model(groups, seed):
-    rng = np.random.default_rng([groups, seed])
-    d = Driver(groups)
+def test_random_steps_match_the_model(windows, seed):
+    rng = np.random.default_rng([len(windows), seed])
+    d = Driver(windows)
+    hybrid = windows in HYBRID
     contents, registered, seen = {}, dict.fromkeys(range(B), 0), set()
     for _ in range(240):
         running = [b for b in range(B) if d.model.tables[0][b]]
         empty = [b for b in range(B) if b not in running]
-        move = rng.integers(7)
+        move = rng.integers(8 if hybrid else 7)
         if move == 0 and empty:
             rows = rng.permutation(empty)[:R].tolist()
             wanted = [rng.integers(0, 2, W + 1).tolist() for _ in rows]
@@ -368,6 +435,16 @@ def test_random_steps_match_the_model(groups, seed):
             ]  # fmt: skip
             seen |= {(verb, s) for s in d.roll_back(verb, lengths)}
             registered = {b: min(registered[b], d.model.lengths[b] // T) for b in range(B)}
+        elif move == 7:
+            # As far as is registered, as a server would; or anywhere.
+            told = [registered[b] * T if b in running and rng.random() < 0.7 else 0 for b in range(B)]
+            if rng.random() < 0.3:
+                told = [int(rng.integers(-1, length + 2)) for length in d.model.lengths]
+            before = int(pool.stats(d.pool).held)
+            seen |= {("slide", s) for s in d.slide(told)} | {("freed", int(pool.stats(d.pool).held) < before)}
+    if hybrid:
+        assert {("slide", OK), ("slide", Status.INVALID_COUNT), ("freed", True)} <= seen
+        assert ("trim", Status.WINDOW_PASSED) in seen
     assert {("start", OK), ("start", Status.OUT_OF_BLOCKS), ("cached", True), ("extend", OK)} <= seen
     assert {("extend", Status.SHARED_TAIL), ("unshare", True, OK)} <= seen
     assert {("trim", OK), ("trim", Status.INVALID_COUNT), ("rewind", OK)} <= seen
@@ -375,7 +452,7 @@ def test_random_steps_match_the_model(groups, seed):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_fork_shares_everything_and_copies_what_it_writes(groups):
-    d = Driver(groups)
+    d = Driver((None,) * groups)
     d.start([0], [[0, 1]], [6])
     d.fork([0, 0], [1, 2])
     assert d.model.tables[0][0] == d.model.tables[0][1] == d.model.tables[0][2]
@@ -391,7 +468,7 @@ def test_a_fork_shares_everything_and_copies_what_it_writes(groups):
 
 
 def test_rejected_tokens_roll_back_across_a_block_boundary():
-    d = Driver(1)
+    d = Driver(ONE)
     d.start([0], [[0, 1, 1]], [7])
     assert d.register([0], [[0, 1, 1]], [0]) == [1]
     assert d.extend([3, 0, 0, 0]) == [OK] * B
@@ -426,7 +503,7 @@ def test_a_loop_rewinds_and_goes_on_in_the_same_blocks():
 
 
 def test_a_hit_is_what_every_group_can_serve():
-    d = Driver(2)
+    d = Driver(TWO)
     prompt = [1, 0, 1]
     d.start([0], [prompt], [12])
     d.register([0], [prompt], [0])
@@ -441,7 +518,7 @@ def test_a_hit_is_what_every_group_can_serve():
 
 
 def test_two_sequences_share_their_prefix_and_keep_it_alive():
-    d = Driver(1)
+    d = Driver(ONE)
     first, second = [1, 1, 0, 0], [1, 1, 1, 0]
     d.start([0], [first], [13])
     d.register([0], [first], [0])
@@ -459,7 +536,7 @@ def test_two_sequences_share_their_prefix_and_keep_it_alive():
 
 
 def test_a_row_that_does_not_fit_gives_back_its_prefix_and_later_rows_get_none():
-    d = Driver(1)
+    d = Driver(ONE)
     prompt = [0, 0, 1, 1]
     d.start([0], [prompt], [12])
     d.register([0], [prompt], [0])
@@ -475,14 +552,14 @@ def test_a_row_that_does_not_fit_gives_back_its_prefix_and_later_rows_get_none()
 
 
 def test_tables_that_are_too_narrow_are_told_and_take_nothing():
-    d = Driver(1)
+    d = Driver(ONE)
     assert d.start([0, 1], [[0], [1]], [17, 16])[1] == [Status.TABLE_FULL, OK]
     assert d.extend([0, 1, 9, 4]) == [OK, Status.TABLE_FULL, Status.INVALID_COUNT, OK]
     assert d.batch.lengths.tolist() == [0, 16, 0, 4]
 
 
 def test_padding_rows_change_nothing():
-    d = Driver(2)
+    d = Driver(TWO)
     assert d.start([], [], []) == ([], [])
     d.register([], [], [])
     d.release([])
@@ -490,7 +567,7 @@ def test_padding_rows_change_nothing():
 
 
 def test_without_room_to_give_a_prefix_back_no_row_is_begun():
-    d = Driver(1)
+    d = Driver(ONE)
     prompt = [0, 1, 0, 1]
     d.start([0], [prompt], [16])
     d.register([0], [prompt], [0])
@@ -520,7 +597,7 @@ def test_without_room_to_give_a_prefix_back_no_row_is_begun():
 
 
 def test_release_without_room_keeps_the_sequence_until_the_pool_is_compacted():
-    d = Driver(1)
+    d = Driver(ONE)
     d.start([0], [[0, 1, 0]], [12])
     d.register([0], [[0, 1, 0]], [0])
     full = d.pool.inactive
@@ -535,7 +612,7 @@ def test_release_without_room_keeps_the_sequence_until_the_pool_is_compacted():
 
 
 def test_slots():
-    d = Driver(2)
+    d = Driver(TWO)
     d.start([0, 2], [[0], [1]], [6, 3])
     rows = jnp.array([0, 0, 0, 2, 0, B, 1, 0], jnp.int32)
     positions = jnp.array([0, 5, 7, 2, 8, 0, 0, W * T], jnp.int32)
@@ -550,7 +627,7 @@ def test_slots():
 def test_mistakes_of_size_raise():
     with pytest.raises(LayoutError, match="max_blocks is 0"):
         sequences.init(1, 0, block_size=4, pool_blocks=4)
-    d = Driver(1)
+    d = Driver(ONE)
     with pytest.raises(LayoutError, match="5 hashes a row exceed the table's 4 blocks"):
         jax.eval_shape(
             sequences.start,
@@ -582,7 +659,7 @@ def loop(steps):
 
 @pytest.mark.parametrize("groups", [1, 2])
 def test_a_loop_pops_its_grant_in_row_order_and_the_rest_comes_back_as_it_was(groups):
-    d = Driver(groups)
+    d = Driver((None,) * groups)
     contents = [[1, 0, 0, 1], [0, 1, 0, 1]]
     d.start([0, 2], contents, [3, 6])
     before = stack(d.pool)
@@ -618,7 +695,7 @@ def test_a_loop_pops_its_grant_in_row_order_and_the_rest_comes_back_as_it_was(gr
 
 
 def test_an_empty_grant_refuses_the_first_row_and_all_later_ones():
-    d = Driver(1)
+    d = Driver(ONE)
     d.start([0, 1], [[0], [1]], [4, 3])
     d.start([2], [[1]], [8])
     _, reserved = d.do["reserve"](d.pool, jnp.int32(1))
@@ -635,7 +712,7 @@ def test_an_empty_grant_refuses_the_first_row_and_all_later_ones():
 
 
 def test_a_grant_tells_full_tables_and_jumps_beyond_its_bound():
-    d = Driver(1)
+    d = Driver(ONE)
     d.start([0], [[0]], [16])
     _, reserved = d.do["reserve"](d.pool, jnp.int32(4))
     _, (status, lengths) = loop(1)(d.batch, reserved.grant, jnp.array([1, 5, 3, 0], jnp.int32))
@@ -644,7 +721,7 @@ def test_a_grant_tells_full_tables_and_jumps_beyond_its_bound():
 
 
 def test_reserving_evicts_and_is_all_or_nothing():
-    d = Driver(1)
+    d = Driver(ONE)
     d.start([0], [[0, 1, 1]], [12])
     d.register([0], [[0, 1, 1]], [0])
     d.release([0])

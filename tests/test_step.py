@@ -1,4 +1,4 @@
-"""A step as one call against the verbs it stands for and against the model, for one group and for two."""
+"""A step as one call against the verbs it stands for and against the model, for one group and for several."""
 
 import functools
 from dataclasses import replace
@@ -7,10 +7,27 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_sequences import BLOCKS, MAX_BLOCKS, B, M, Model, R, T, W, chain, queue_order, stack
+from test_sequences import (
+    BLOCKS,
+    HYBRID,
+    MAX_BLOCKS,
+    ONE,
+    TWO,
+    B,
+    M,
+    Model,
+    R,
+    T,
+    W,
+    chain,
+    queue_order,
+    stack,
+    tables_of,
+)
 
 from kvbm_jax import invariants, lru, pool, sequences, step
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group
 from kvbm_jax.types import Status
 
 pytestmark = pytest.mark.core
@@ -24,11 +41,13 @@ def jitted():
     extend = functools.partial(sequences.extend, max_blocks=MAX_BLOCKS)
     return {
         "step": jax.jit(functools.partial(step.step, max_blocks=MAX_BLOCKS)),
+        "slide": jax.jit(functools.partial(sequences.slide, max_blocks=MAX_BLOCKS)),
         "release": jax.jit(sequences.release),
         "start": jax.jit(sequences.start),
         "extend": jax.jit(extend),
         "register": jax.jit(sequences.register),
         "check": jax.jit(invariants.check),
+        "check_sequences": jax.jit(invariants.check_sequences),
         "lookup": jax.jit(pool.scan),
     }
 
@@ -45,7 +64,7 @@ def hashes(numbers, shape):
     return jnp.asarray(out)
 
 
-def make_plan(ending=(), starting=(), growing=(), complete=()):
+def make_plan(ending=(), starting=(), growing=(), complete=(), computed=None):
     """A plan of `ending` rows, (row, contents, tokens) that start, (row, tokens) that grow, (row, place, number)."""
     numbers = {(i, j): n for i, (_, contents, _) in enumerate(starting) for j, n in enumerate(chain(contents)[:M])}
     return step.StepPlan(
@@ -59,12 +78,15 @@ def make_plan(ending=(), starting=(), growing=(), complete=()):
         complete_rows=padded([row for row, _, _ in complete], P, B),
         complete_places=padded([place for _, place, _ in complete], P, 0),
         complete_hashes=hashes({(i,): n for i, (_, _, n) in enumerate(complete)}, (P,)),
+        num_computed=computed if computed is None else jnp.array(computed, jnp.int32),
     )
 
 
 def by_verbs(state, running, plan):
     """The verbs in turn; rows that grow must be in ascending order."""
     do = jitted()
+    if plan.num_computed is not None:
+        state, running, _ = do["slide"](state, running, plan.num_computed)
     state, running, _ = do["release"](state, running, plan.ending)
     state, running, begun = do["start"](state, running, plan.starting, plan.hashes, plan.num_hashes, plan.num_tokens)
     if Status.OUT_OF_BLOCKS not in begun.status.tolist():
@@ -100,21 +122,21 @@ def observed(state, running):
 class Driver:
     """Step, verbs and model side by side, compared after each step."""
 
-    def __init__(self, groups, num_blocks=None):
-        self.groups, self.n = groups, num_blocks or BLOCKS[groups]
+    def __init__(self, windows):
+        self.n = BLOCKS[windows]
         self.state = pool.init(self.n)
-        self.running = sequences.init(B, W, block_size=T, pool_blocks=self.n, num_groups=groups)
-        self.model = Model(groups)
+        self.running = sequences.init(B, W, block_size=T, pool_blocks=self.n, groups=tuple(map(Group, windows)))
+        self.model = Model(windows)
 
-    def step(self, ending=(), starting=(), growing=(), complete=()):
-        plan = make_plan(ending, starting, growing, complete)
+    def step(self, ending=(), starting=(), growing=(), complete=(), computed=None):
+        plan = make_plan(ending, starting, growing, complete, computed)
         ascending = [row for row, _ in growing] == sorted(row for row, _ in growing)
         verbs = by_verbs(self.state, self.running, plan) if ascending else None
         self.state, self.running, result = jitted()["step"](self.state, self.running, plan)
         if verbs:
             assert observed(self.state, self.running) == observed(*verbs)
             assert pool.release_room(self.state) >= pool.release_room(verbs[0])
-        told = self.in_model(ending, starting, growing, complete)
+        told = self.in_model(ending, starting, growing, complete, computed)
         assert result.num_cached.tolist()[: len(starting)] == told["cached"]
         assert result.start_status.tolist()[: len(starting)] == told["start"]
         assert result.grow_status.tolist()[: len(growing)] == told["grow"]
@@ -134,7 +156,7 @@ class Driver:
         self.check()
         return told
 
-    def in_model(self, ending, starting, growing, complete):
+    def in_model(self, ending, starting, growing, complete, computed):
         evicted, evict = [], self.model.pool._evict
 
         def noted():
@@ -142,6 +164,8 @@ class Driver:
             return evicted[-1]
 
         self.model.pool._evict = noted
+        if computed is not None:
+            self.model.slide(computed)
         self.model.release(ending)
         rows, contents, tokens = zip(*starting, strict=True) if starting else ((), (), ())
         cached, begun = self.model.start(
@@ -165,11 +189,10 @@ class Driver:
         }
 
     def check(self):
-        tables = [[[b for b in row if b != self.n] for row in table] for table in self.running.block_tables.tolist()]
-        assert tables == self.model.tables
+        assert tables_of(self.running) == self.model.tables
         assert self.running.lengths.tolist() == self.model.lengths
-        holders = np.bincount([b for table in tables for row in table for b in row], minlength=self.n)
-        assert not any(map(int, jitted()["check"](self.state, jnp.asarray(holders, jnp.int32))))
+        assert not any(map(int, jitted()["check_sequences"](self.running)))
+        assert not any(map(int, jitted()["check"](self.state, invariants.holders(self.running))))
         assert stack(self.state) == self.model.pool.reset
         assert self.state.ref_counts.tolist() == self.model.pool.refs
         assert queue_order(self.state) == list(self.model.pool.inactive)
@@ -200,7 +223,14 @@ class Server:
             for b in staying
             for place in range(self.registered[b], model.lengths[b] // T)
         ][: rng.integers(0, P + 1)]
-        told = self.driver.step(ending, starting, growing, complete)
+        computed = None
+        if not all(window is None for window in model.windows):
+            # What has been registered, sometimes more or less; also of rows that end.
+            computed = [
+                int(rng.integers(-1, model.lengths[b] + 2)) if rng.random() < 0.3 else T * self.registered.get(b, 0)
+                for b in range(B)
+            ]
+        told = self.driver.step(ending, starting, growing, complete, computed)
         for b, place, _ in complete:
             self.registered[b] = place + 1
         for (b, contents, _), cached in zip(starting, told["cached"], strict=True):
@@ -208,10 +238,10 @@ class Server:
         return told
 
 
-@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
 @pytest.mark.parametrize("seed", range(3))
-def test_random_steps_are_the_verbs_in_turn(groups, seed):
-    server = Server(Driver(groups), [groups, seed])
+def test_random_steps_are_the_verbs_in_turn(windows, seed):
+    server = Server(Driver(windows), [len(windows), seed])
     seen = set()
     for _ in range(200):
         told = server.step()
@@ -221,11 +251,11 @@ def test_random_steps_are_the_verbs_in_turn(groups, seed):
     assert {("start", s) for s in (OK, Status.OUT_OF_BLOCKS, Status.TABLE_FULL)} <= seen
     assert {("grow", s) for s in (OK, Status.OUT_OF_BLOCKS, Status.TABLE_FULL, Status.INVALID_COUNT)} <= seen
     assert {("cached", True), ("evicted", True), ("new", True), ("new", False)} <= seen
-    assert jitted()["step"]._cache_size() <= 2  # one program for each number of groups, whatever a plan says
+    assert jitted()["step"]._cache_size() <= len([ONE, TWO, *HYBRID])  # a program for each, whatever a plan says
 
 
 def test_a_row_that_does_not_fit_gives_back_and_nothing_later_is_granted():
-    d = Driver(1)
+    d = Driver(ONE)
     d.step(starting=[(0, [0, 1, 1], 12), (1, [1, 0], 8)])
     d.step(complete=[(0, 0, 2), (0, 1, 5)])
     d.step(starting=[(2, [1, 1], 16)])
@@ -237,7 +267,7 @@ def test_a_row_that_does_not_fit_gives_back_and_nothing_later_is_granted():
 
 
 def test_a_shared_tail_does_not_grow():
-    d = Driver(2)
+    d = Driver(TWO)
     d.step(starting=[(0, [0, 1], 6)])
     d.model.fork([0], [1])
     d.state, d.running, _ = jax.jit(sequences.fork)(d.state, d.running, jnp.array([0]), jnp.array([1]))
@@ -248,14 +278,14 @@ def test_a_shared_tail_does_not_grow():
 
 
 def test_a_row_that_ends_may_begin_anew_and_find_what_it_left():
-    d = Driver(1)
+    d = Driver(ONE)
     d.step(starting=[(0, [0, 1, 1], 12)])
     d.step(complete=[(0, 0, 2), (0, 1, 5), (0, 2, 11)])
     assert d.step(ending=[0], starting=[(0, [0, 1, 1, 0], 14)])["cached"] == [12]
 
 
 def test_without_room_in_the_queue_nothing_happens():
-    d = Driver(1)
+    d = Driver(ONE)
     d.step(starting=[(0, [0, 1, 1], 12)])
     d.step(complete=[(0, 0, 2), (0, 1, 5)])
     queue = d.state.inactive
@@ -273,9 +303,9 @@ def test_without_room_in_the_queue_nothing_happens():
     assert result.start_status[0] == OK
 
 
-def plans(count, groups=1):
+def plans(count, windows=ONE):
     """Plans of a random server, stacked, with the pool and batch they begin from and those they end with."""
-    d = Driver(groups)
+    d = Driver(windows)
     made, real = [], make_plan
 
     def noted(*args):
@@ -287,7 +317,7 @@ def plans(count, groups=1):
         patch.setitem(globals(), "make_plan", noted)
         for _ in range(count):
             server.step()
-    begun = Driver(groups)
+    begun = Driver(windows)
     return (begun.state, begun.running), (d.state, d.running), made
 
 
@@ -300,9 +330,9 @@ def one_step(carry, plan):
     return (state, running), result
 
 
-@pytest.mark.parametrize("groups", [1, 2])
-def test_a_scan_of_steps_is_one_after_the_other(groups):
-    begun, ended, made = plans(30, groups)
+@pytest.mark.parametrize("windows", [ONE, (None, 6)], ids=str)
+def test_a_scan_of_steps_is_one_after_the_other(windows):
+    begun, ended, made = plans(30, windows)
     after, _ = jax.jit(functools.partial(jax.lax.scan, one_step), donate_argnums=0)(begun, stacked(made))
     assert observed(*after) == observed(*ended)
 
@@ -329,7 +359,7 @@ def test_a_thousand_steps_compile_once():
 
 
 def test_padding_takes_nothing_whatever_it_says():
-    d = Driver(1)
+    d = Driver(ONE)
     tokens = jnp.full((R,), 5, jnp.int32)
     plan = make_plan()._replace(num_hashes=tokens, num_tokens=tokens, new_tokens=jnp.full((X,), 5, jnp.int32))
     state, running, _ = jitted()["step"](d.state, d.running, plan)
@@ -337,7 +367,7 @@ def test_padding_takes_nothing_whatever_it_says():
 
 
 def test_more_hashes_than_a_table_has_blocks_are_refused():
-    d = Driver(1)
+    d = Driver(ONE)
     plan = make_plan()._replace(hashes=jnp.zeros((R, W + 1, 4), jnp.uint32))
     with pytest.raises(LayoutError, match=rf"{W + 1} hashes a row exceed the table's {W} blocks"):
         step.step(d.state, d.running, plan)

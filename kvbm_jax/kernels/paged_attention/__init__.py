@@ -34,7 +34,8 @@ def paged_attention(
     Args:
       queries: [S, Hq, D], sequences one after the other; rows past `query_starts[B]` are padding.
       array: [N, C=2, T, H, D], one layer's keys and values; Hq is a multiple of H.
-      block_tables: i32[B, W], block of each T tokens of a sequence; unused entries may hold anything.
+      block_tables: i32[B, W], block of each T tokens of a sequence; unused entries, and those
+        whose tokens lie behind the window of every query, may hold anything.
       context_lens: i32[B], tokens in the cache, these queries included; 0 for a row without sequence.
       query_starts: i32[B + 1], not decreasing, from 0.
       max_query_len: static bound of the queries of one sequence.

@@ -74,6 +74,7 @@ def _attend(
     column = jnp.arange(width, dtype=jnp.int32)
     query_positions = (context_lens - query_lens)[:, None] + column[None, :]  # [B, Q]
     row_positions = jnp.tile(query_positions, (1, shares))  # [B, R]
+    oldest = jnp.zeros_like(context_lens) if sliding_window is None else query_positions[:, 0] - (sliding_window - 1)
 
     def step(masked: bool, i: jax.Array, carry: _Running) -> _Running:
         peak, total, output = carry
@@ -85,10 +86,11 @@ def _attend(
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if masked:
-            # Slots that a sequence has not written may hold anything, NaN included: weight 0 would not silence it.
-            written = positions[None, :] < context_lens[:, None]  # [B, c]
-            values = jnp.where(written[:, None, :, None], values, 0)
-            seen = written[:, None, :] & (positions[None, None, :] <= row_positions[:, :, None])  # [B, R, c]
+            # Slots that a sequence has not written, or has freed behind its window, may hold anything, NaN included:
+            # weight 0 would not silence it.
+            own = (positions[None, :] < context_lens[:, None]) & (positions[None, :] >= oldest[:, None])  # [B, c]
+            values = jnp.where(own[:, None, :, None], values, 0)
+            seen = own[:, None, :] & (positions[None, None, :] <= row_positions[:, :, None])  # [B, R, c]
             if sliding_window is not None:
                 seen &= positions[None, None, :] > row_positions[:, :, None] - sliding_window
             scores = jnp.where(seen[:, None], scores, _MASKED)
@@ -106,8 +108,8 @@ def _attend(
         # Chunks that every query sees whole need no mask.
         first, unmasked_end = jnp.int32(0), jnp.min(jnp.where(active, (query_positions[:, 0] + 1) // chunk, end))
     else:
-        oldest = jnp.where(active, query_positions[:, 0] - sliding_window + 1, jnp.max(context_lens))
-        first = unmasked_end = jnp.maximum(jnp.min(oldest), 0) // chunk
+        earliest = jnp.min(jnp.where(active, oldest, jnp.max(context_lens)))
+        first = unmasked_end = jnp.maximum(earliest, 0) // chunk
     shape = (batch, heads, rows)
     carry = (
         jnp.full(shape, _MASKED, jnp.float32),
