@@ -9,19 +9,20 @@ Results are turned into numpy before they are indexed: an indexed JAX array woul
 leaves this module is copied, since a living view of donated state would turn the next donation into a copy of it.
 """
 
+from collections import abc
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax import grants, pool, sequences
+from kvbm_jax import grants, pool, sequences, step
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.types import Status
 
-__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "Unshared", "cpu_device"]
+__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "Stepped", "Unshared", "cpu_device"]
 
 _REHASH_TRIES = 8
 
@@ -53,6 +54,16 @@ class Registered(NamedTuple):
 
     block_ids: NDArray[np.int32]  # [M]: the canonical blocks
     new: NDArray[np.bool_]  # [M]: newly findable
+
+
+class Stepped(NamedTuple):
+    """What a step did."""
+
+    statuses: NDArray[np.int32]  # [X], of the rows that grow
+    block_ids: NDArray[np.int32]  # [P]: the canonical block of each completed one
+    new: NDArray[np.bool_]  # [P]: newly findable
+    done: NDArray[np.bool_]  # [P]: False where the index was full; `BlockPool.register` makes room in it
+    evicted: EvictedBlocks
 
 
 class Unshared(NamedTuple):
@@ -233,6 +244,55 @@ class BlockPool:
         self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
+    def step(
+        self, ending: list[int], growing: dict[int, int], complete: list[tuple[int, int]], hashes: NDArray[np.uint32]
+    ) -> Stepped:
+        """Ends sequences, makes room for the next tokens of others, and registers completed blocks, in one call.
+
+        Args:
+          ending: rows.
+          growing: new tokens of each row.
+          complete: row and index in its table of P blocks.
+          hashes: u32[P, 4], theirs.
+
+        Raises:
+          BlockStateError: if a completed block is refused.
+        """
+        self._make_room(sum(map(self.num_blocks, ending)) + len(complete))
+        nobody = self.max_sequences
+        most = max((self.lacking(row, tokens) for row, tokens in growing.items()), default=0)
+        rows, places = zip(*complete, strict=True) if complete else ((), ())
+        padded = np.zeros((_few(len(complete)), 4), np.uint32)
+        padded[: len(hashes)] = hashes
+        # No row starts: a prefix may have to come up from the tiers first.
+        fields: dict[str, Any] = {
+            "ending": _padded(ending, nobody),
+            "starting": np.full((1,), nobody, np.int32),
+            "hashes": np.zeros((1, 1, 4), np.uint32),
+            "num_hashes": np.zeros((1,), np.int32),
+            "num_tokens": np.zeros((1,), np.int32),
+            "growing": _padded(list(growing), nobody),
+            "new_tokens": _padded(list(growing.values()), 0),
+            "complete_rows": _padded(rows, nobody),
+            "complete_places": _padded(places, 0),
+            "complete_hashes": padded,
+        }
+        plan = step.StepPlan(**fields)
+        bound = 1 << max(most - 1, 0).bit_length()
+        self._pool, self.sequences, result = _step(self._pool, self.sequences, plan, max_blocks=bound)
+        status = np.asarray(result.register_status)[0, : len(complete)]
+        done = status != Status.INDEX_FULL
+        for code in status[done]:
+            self.require(code, blocks=len(complete))
+        tables = np.asarray(self.sequences.block_tables)[0]
+        return Stepped(
+            np.array(result.grow_status)[: len(growing)],
+            np.array([tables[row, place] for row, place in complete], np.int32),
+            np.array(result.registered)[0, : len(complete)],
+            done,
+            _evicted(result.evicted),
+        )
+
     def table(self, row: int) -> NDArray[np.int32]:
         """Returns the blocks of a row, i32[blocks]."""
         return np.asarray(self.sequences.block_tables)[0, row, : self.num_blocks(row)].copy()
@@ -342,6 +402,7 @@ class BlockPool:
             self._start(nobody, padded, 0, 0)
             self._register(nobody, padded, 0, 0)
         self._pool, self.sequences, _ = _release(self._pool, self.sequences, np.array([nobody], np.int32))
+        self.step([], {}, [], np.zeros((0, 4), np.uint32))
 
     def _rehash(self) -> None:
         for _ in range(_REHASH_TRIES):
@@ -404,6 +465,20 @@ def _round_up(count: int) -> int:
     return size
 
 
+def _few(count: int) -> int:
+    """The padded number of rows in a step, one of few."""
+    size = 8
+    while size < count:
+        size *= 8
+    return size
+
+
+def _padded(values: abc.Sequence[int], fill: int) -> NDArray[np.int32]:
+    padded = np.full((_few(len(values)),), fill, np.int32)
+    padded[: len(values)] = values
+    return padded
+
+
 def _merge_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask: jax.Array) -> sequences.SequenceBatch:
     """Takes the rows under bool[B] from `new`, the others from `old`."""
     return replace(
@@ -422,6 +497,7 @@ _start = jax.jit(sequences.start, donate_argnums=0)
 _extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_blocks")
 _register = jax.jit(sequences.register, donate_argnums=0)
 _release = jax.jit(sequences.release, donate_argnums=0)
+_step = jax.jit(step.step, donate_argnums=0, static_argnames="max_blocks")
 _fork = jax.jit(sequences.fork, donate_argnums=0)
 _unshare = jax.jit(sequences.unshare, donate_argnums=0)
 _trim = jax.jit(sequences.trim, donate_argnums=0, static_argnames="max_blocks")

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import grants
-from kvbm_jax.block_pool import BlockPool, EvictedBlocks
+from kvbm_jax.block_pool import BlockPool, EvictedBlocks, Stepped
 from kvbm_jax.cache import KVCache, copy_blocks, scrub_blocks
 from kvbm_jax.device_cache import DeviceCache
 from kvbm_jax.layout import KVLayout
@@ -91,6 +91,24 @@ class DeviceTier:
         statuses, evicted = self.pool.extend(num_tokens, max_blocks)
         self._allocated(begun, evicted)
         return statuses
+
+    def step(
+        self,
+        ending: dict[int, NDArray[np.uint32]],
+        growing: dict[int, int],
+        complete: list[tuple[int, int]],
+        hashes: NDArray[np.uint32],
+    ) -> Stepped:
+        """Ends, extends and registers in one call; `ending` names the registered blocks of rows. See `BlockPool.step`.
+
+        The caller tells the residency what has been registered.
+        """
+        begun = self._clock.monotonic_ns()
+        stepped = self.pool.step(list(ending), growing, complete, hashes)
+        for registered in ending.values():
+            self.residency.released(registered)
+        self._allocated(begun, stepped.evicted)
+        return stepped
 
     def unshare(self, rows: list[int]) -> None:
         """Copies the tails of rows that are about to be written where others hold them too. See `BlockPool.unshare`."""

@@ -341,6 +341,79 @@ class BlockManager:
             self._device.pool.require(status, blocks=most)
 
     @_whole
+    def step(
+        self, tokens: abc.Mapping[Sequence, abc.Sequence[int]], *, ending: abc.Sequence[Sequence] = ()
+    ) -> dict[Sequence, int]:
+        """Does the bookkeeping of a server's step for the whole batch, as one compiled call (`kvbm_jax.step`).
+
+        Everything that has a slot is taken to be computed: whole blocks become findable. Then sequences of `ending` are
+        released, and the others get slots for their `tokens`, as by `register`, `release` and `extend`.
+
+        Args:
+          tokens: new tokens of running sequences, in the order of their claim to blocks.
+          ending: running sequences that have ended, none of them in `tokens`.
+
+        Returns:
+          How many blocks of each sequence in `tokens` others could not find before.
+
+        Raises:
+          HashingError: if a token is no integer in [0, 2**32); nothing is done then.
+          SequenceTooLongError: if a sequence would outgrow its table; nothing is done then.
+          OutOfBlocksError: if blocks are lacking; those named before the first that lacks them have been extended.
+          BlockStateError: if a sequence is not running, or named twice; nothing is done then.
+        """
+        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
+        for seq in (*added, *ending):
+            self._check_running(seq)
+        if len({*added, *ending}) < len(added) + len(ending):
+            raise BlockStateError("a sequence is named twice; end it, or extend it")
+        for seq, new in added.items():
+            self._device.pool.lacking(seq.row, len(new))
+        for seq in ending:
+            self._register(seq)
+        growing = [seq for seq, new in added.items() if new]
+        if any(seq.may_share_tail for seq in growing):
+            # Tails are copied before the step, but may need the blocks of what has ended.
+            for seq in ending:
+                self._release(seq)
+                self._leave(seq)
+            ending = ()
+            self._unshare(growing)
+
+        size, pool = self.layout.block_size, self._device.pool
+        first = {seq: seq.num_registered for seq in added}
+        last = {seq: max(pool.length(seq.row) // size if seq.reuse else 0, first[seq]) for seq in added}
+        complete = [(seq, i) for seq in added for i in range(first[seq], last[seq])]
+        hashes = [seq.hash_blocks(last[seq])[first[seq] :] for seq in added if last[seq] > first[seq]]
+        stepped = self._device.step(
+            {seq.row: seq.hashes[: seq.num_registered] for seq in ending},
+            {seq.row: len(new) for seq, new in added.items()},
+            [(seq.row, i) for seq, i in complete],
+            np.concatenate(hashes) if hashes else np.zeros((0, 4), np.uint32),
+        )
+        for seq in ending:
+            self._leave(seq)
+        for seq, status in zip(added, stepped.statuses, strict=True):
+            if status == Status.OK:
+                seq.tokens.extend(added[seq])
+        found = dict.fromkeys(added, 0)
+        refused = {seq for (seq, _), done in zip(complete, stepped.done, strict=True) if not done}
+        news = [(block, pair) for block, pair, new in zip(stepped.block_ids, complete, stepped.new, strict=True) if new]
+        for seq in added:
+            if seq not in refused:
+                seq.num_registered = last[seq]
+        for _, (seq, _) in news:
+            found[seq] += 1
+        if news:
+            self._device.residency.registered([block for block, _ in news], [seq.record(i) for _, (seq, i) in news])
+        for seq in refused:
+            found[seq] += self._register(seq)
+        self._device.update_gauges()
+        for seq, status in zip(added, stepped.statuses, strict=True):
+            pool.require(status, blocks=-(-len(added[seq]) // size))
+        return found
+
+    @_whole
     def register(self, seq: Sequence, num_computed: int | None = None) -> int:
         """Makes the blocks of a sequence findable that are whole and computed.
 

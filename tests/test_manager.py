@@ -181,6 +181,61 @@ def test_extend_step_by_step(manager):
         assert manager.match(prompt(4)) == 4
 
 
+def test_a_step_is_register_release_and_extend_in_one():
+    """Two managers, one driven by steps and one verb by verb, agree on everything at each step."""
+    rng = np.random.default_rng(0)
+    with make(24, 4) as fused, make(24, 4) as apart:
+        told = [manager.subscribe_events() for manager in (fused, apart)]
+        pairs = []
+        for now in range(60):
+            while len(pairs) < 4 and rng.random() < 0.7:
+                tokens = prompt(int(rng.integers(1, 14)), first=100 * int(rng.integers(0, 3)))
+                pairs.append((fused.start(tokens), apart.start(tokens)))
+            if pairs and rng.random() < 0.15 and len(pairs) < 4:
+                pairs.append(tuple(m.fork(s) for m, s in zip((fused, apart), pairs[0], strict=True)))
+            ending = [pair for pair in pairs if rng.random() < 0.2 or len(pair[0].tokens) > 20]
+            pairs = sorted(
+                (pair for pair in pairs if pair not in ending), key=lambda pair: pair[0].row
+            )  # as `extend` goes
+            new = [[int(rng.integers(0, 2))] * int(rng.integers(0, 4)) for _ in pairs]
+            found = fused.step(
+                {pair[0]: tokens for pair, tokens in zip(pairs, new, strict=True)}, ending=[pair[0] for pair in ending]
+            )
+            for _, seq in ending:
+                apart.register(seq)
+            computed = [len(seq.tokens) for _, seq in pairs]
+            for _, seq in ending:
+                apart.release(seq)
+            apart.extend({pair[1]: tokens for pair, tokens in zip(pairs, new, strict=True)})
+            registered = [apart.register(pair[1], n) for pair, n in zip(pairs, computed, strict=True)]
+            assert list(found.values()) == registered
+            assert fused.stats() == apart.stats(), now
+            for one, other in pairs:
+                assert one.tokens == other.tokens
+                assert one.num_registered == other.num_registered
+                np.testing.assert_array_equal(fused._device.pool.table(one.row), apart._device.pool.table(other.row))
+            invariants.assert_holds(fused._device.pool._pool)
+            first, second = ([(e.event_type, e.block_id, e.sequence_hash) for e in drain(t)] for t in told)
+            assert sorted(first) == sorted(second)
+
+
+def test_a_step_refuses_what_cannot_be(manager):
+    one, two = manager.start(prompt(5)), manager.start(prompt(6, first=50))
+    with pytest.raises(BlockStateError, match="named twice"):
+        manager.step({one: [1]}, ending=[one])
+    with pytest.raises(HashingError):
+        manager.step({one: [1], two: [-1]})
+    with pytest.raises(SequenceTooLongError):
+        manager.step({one: [1], two: [1] * 40})
+    with pytest.raises(OutOfBlocksError):
+        manager.step({one: [1] * 8, two: [1] * 16})
+    assert [len(seq.tokens) for seq in (one, two)] == [13, 6]
+    assert manager.step({one: []}, ending=[two]) == {one: 2}
+    with pytest.raises(BlockStateError, match="not running"):
+        manager.step({two: [1]})
+    assert manager.match(prompt(6, first=50)) == 4
+
+
 def test_a_compiled_loop_draws_on_a_grant(manager):
     @jax.jit
     def loop(running, grant, counts):
