@@ -26,6 +26,8 @@ __all__ = [
     "init",
     "layer_view",
     "load_kv",
+    "regroup_tokens",
+    "resize_blocks",
     "scatter_blocks",
     "scrub_blocks",
     "store_kv",
@@ -207,6 +209,44 @@ def scrub_blocks(cache: KVCache, block_ids: jax.Array) -> KVCache:
         array, _ = layer_view(cache, 0)
         return _with_layer(cache, 0, array.at[_in_all_layers(cache.layout, block_ids)].set(0, mode="drop"))
     return replace(cache, arrays=tuple(array.at[block_ids].set(0, mode="drop") for array in cache.arrays))
+
+
+def resize_blocks(cache: KVCache, sources: jax.Array) -> KVCache:
+    """Makes a cache of another number of blocks, of any layout kind.
+
+    Do not donate: the shapes differ, so that both caches are in memory for a while.
+
+    Args:
+      cache: the cache of N blocks.
+      sources: i32[M], the block that each block of the new cache is a copy of; zeros at N.
+
+    Raises:
+      LayoutError: if the new layout is out of range.
+    """
+    layout = replace(cache.layout, num_blocks=sources.shape[0])
+    axis = layout.axes.index("N")
+    arrays = (jnp.take(array, sources, axis=axis, mode="fill", fill_value=0) for array in cache.arrays)
+    return KVCache(tuple(arrays), layout)
+
+
+def regroup_tokens(cache: KVCache, slots: jax.Array) -> KVCache:
+    """Makes a cache of blocks of another size, of any layout kind. Do not donate: the shapes differ.
+
+    Args:
+      cache: the cache of N blocks of T tokens.
+      slots: i32[M, U], for each token of M blocks of U tokens the slot that it had; zeros at N * T.
+
+    Raises:
+      LayoutError: if the new layout is out of range.
+    """
+    old = cache.layout
+    layout = replace(old, num_blocks=slots.shape[0], block_size=slots.shape[1])
+    block, token = layout.axes.index("N"), layout.axes.index("T")
+    places = {block: slots // old.block_size, token: slots % old.block_size}
+    where = tuple(places.get(axis, slice(None)) for axis in range(len(layout.axes)))
+    # The two indexed axes never lie side by side, so that they come first in the result.
+    regrouped = (array.at[where].get(mode="fill", fill_value=0) for array in cache.arrays)
+    return KVCache(tuple(jnp.moveaxis(array, (0, 1), (block, token)) for array in regrouped), layout)
 
 
 def _in_all_layers(layout: KVLayout, block_ids: jax.Array) -> jax.Array:

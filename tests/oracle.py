@@ -123,6 +123,28 @@ class OraclePool:
         self.reset.extend(block for block, _ in evicted)
         return evicted
 
+    def resize(self, num_blocks: int) -> tuple[dict[int, int], list[tuple[int, Key]]] | None:
+        """Returns the blocks that moved and what was evicted, None if more are held than fit."""
+        held = sum(count > 0 for count in self.refs)
+        if held > num_blocks:
+            return None
+        evicted = self.evict(max(held + len(self.inactive) - num_blocks, 0))
+        added = range(num_blocks - 1, self.num_blocks - 1, -1)
+        self.reset = [block for block in [*added, *self.reset] if block < num_blocks]
+        moved = {}
+        for block in range(num_blocks, self.num_blocks):
+            if self.refs[block] or block in self.keys:
+                moved[block] = self.reset.pop()
+        refs = [0] * num_blocks
+        for block, count in enumerate(self.refs):
+            if count:
+                refs[moved.get(block, block)] = count
+        self.num_blocks, self.refs = num_blocks, refs
+        self.keys = {moved.get(block, block): key for block, key in self.keys.items()}
+        self.blocks = {key: block for block, key in self.keys.items()}
+        self.inactive = OrderedDict((moved.get(block, block), None) for block in self.inactive)
+        return moved, evicted
+
     def _hold(self, block: int) -> None:
         self.refs[block] += 1
         self.inactive.pop(block, None)

@@ -245,3 +245,44 @@ def test_an_implementation_that_does_not_exist_is_refused_by_name(operation, arg
         args = (args[0], args[2], args[1])
     with pytest.raises(NotImplementedError, match=f"{operation.__name__}.*'triton'.*xla"):
         operation(*args, implementation="triton")
+
+
+def any_cache(kind, seed=0):
+    """A cache of any kind, and its contents as [L, N, C, T, H, D]."""
+    made = layout(kind)
+    values = np.random.default_rng(seed).integers(-128, 128, (L, N, 2, T, H, D)).astype(np.float32)
+    if kind is LayoutKind.LAYER_SEPARATE:
+        return kv_cache.KVCache(tuple(jnp.array(part) for part in values), made), values
+    order = ["LNCTHD".index(axis) for axis in made.axes]
+    return kv_cache.KVCache((jnp.array(values.transpose(order)),), made), values
+
+
+def as_lnc(cache):
+    if cache.layout.kind is LayoutKind.LAYER_SEPARATE:
+        return np.stack([np.asarray(array) for array in cache.arrays])
+    return np.asarray(cache.arrays[0]).transpose([cache.layout.axes.index(axis) for axis in "LNCTHD"])
+
+
+@pytest.mark.parametrize("kind", LayoutKind)
+@pytest.mark.parametrize("sources", [[0, N, 4], [5, 1, N, N, 2, 0, 3, N, 4]], ids=["shrink", "grow"])
+def test_resized_blocks_are_copies_and_the_rest_is_zeros(kind, sources):
+    cache, values = any_cache(kind)
+    resized = jax.jit(kv_cache.resize_blocks)(cache, jnp.array(sources))
+    assert resized.layout.num_blocks == len(sources)
+    assert all(array.shape == resized.layout.array_shape for array in resized.arrays)
+    padded = np.concatenate([values, np.zeros_like(values[:, :1])], axis=1)
+    np.testing.assert_array_equal(as_lnc(resized), padded[:, sources])
+
+
+@pytest.mark.parametrize("kind", LayoutKind)
+@pytest.mark.parametrize("size", [1, 3, 8])
+def test_regrouped_tokens_are_copies_and_the_rest_is_zeros(kind, size):
+    cache, values = any_cache(kind)
+    slots = np.random.default_rng(1).integers(0, N * T + 1, (N * T // size, size)).astype(np.int32)
+    regrouped = jax.jit(kv_cache.regroup_tokens)(cache, slots)
+    assert (regrouped.layout.num_blocks, regrouped.layout.block_size) == slots.shape
+    assert all(array.shape == regrouped.layout.array_shape for array in regrouped.arrays)
+    by_slot = values.transpose(0, 2, 1, 3, 4, 5).reshape(L, 2, N * T, H, D)
+    by_slot = np.concatenate([by_slot, np.zeros_like(by_slot[:, :, :1])], axis=2)
+    expected = by_slot[:, :, slots].transpose(0, 2, 1, 3, 4, 5)  # [L, M, C, U, H, D]
+    np.testing.assert_array_equal(as_lnc(regrouped), expected)

@@ -29,6 +29,7 @@ FLOORS = {
         "groups",
         "sequences",
         "grants",
+        "resize",
         "policies",
         "invariants",
     ],
