@@ -20,9 +20,21 @@ from numpy.typing import NDArray
 
 from kvbm_jax import grants, pool, sequences, step
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
+from kvbm_jax.resize import inactive_blocks
+from kvbm_jax.resize import resize as resize_pool
 from kvbm_jax.types import Status
 
-__all__ = ["BlockCounts", "BlockPool", "EvictedBlocks", "Registered", "Started", "Stepped", "Unshared", "cpu_device"]
+__all__ = [
+    "BlockCounts",
+    "BlockPool",
+    "EvictedBlocks",
+    "Registered",
+    "Resized",
+    "Started",
+    "Stepped",
+    "Unshared",
+    "cpu_device",
+]
 
 _REHASH_TRIES = 8
 
@@ -74,6 +86,18 @@ class Unshared(NamedTuple):
     evicted: EvictedBlocks
 
 
+class Resized(NamedTuple):
+    """A pool of M blocks that is to take the place of one of N: see `BlockPool.plan_resize`."""
+
+    state: pool.PoolState
+    running: sequences.SequenceBatch
+    new_ids: NDArray[np.int32]  # [N]: what each block is called in it, M where it is gone
+    sources: NDArray[np.int32]  # [M]: what each block was called, N where it holds nothing: for `cache.resize_blocks`
+    evicted: EvictedBlocks  # what no longer fits
+    handles: dict[tuple[int, int], tuple[int, int]]  # (block, generation) of blocks that move, before and after
+    generation: np.uint32
+
+
 class BlockPool:
     """Owns one `PoolState` and one `SequenceBatch` of `max_sequences` rows; its methods are called from one thread.
 
@@ -98,6 +122,7 @@ class BlockPool:
         self.sequences: sequences.SequenceBatch = jax.device_put(running, self._device)
         self._room = int(pool.release_room(self._pool))
         self._seed = 0
+        self._generation = np.uint32(0)  # that no block of an earlier, larger size has exceeded
 
     @property
     def max_sequences(self) -> int:
@@ -108,6 +133,11 @@ class BlockPool:
     def max_blocks(self) -> int:
         """Blocks of a table."""
         return self.sequences.block_tables.shape[2]
+
+    @property
+    def longest(self) -> int:
+        """Blocks of the row that has the most."""
+        return int(np.max(np.asarray(self.sequences.num_blocks)))
 
     def stats(self) -> BlockCounts:
         """Returns the numbers of blocks by state."""
@@ -368,6 +398,68 @@ class BlockPool:
         self._pool, result = _evict(self._pool, np.int32(wanted), max_count=_round_up(max(wanted, 1)))
         return _evicted(result)
 
+    def inactive_blocks(self) -> NDArray[np.int32]:
+        """Returns the cached blocks that nobody holds, i32[n], in the order of their eviction."""
+        count = self.stats().inactive
+        listed = _inactive_blocks(self._pool, max_count=min(_round_up(count), self._pool.num_blocks))
+        return np.asarray(listed)[:count].copy()
+
+    def resize(self, num_blocks: int, max_blocks: int | None = None) -> Resized:
+        """Grows or shrinks the pool; see `plan_resize`, which this carries out at once."""
+        plan = self.plan_resize(num_blocks, max_blocks)
+        self.carry_out(plan)
+        return plan
+
+    def plan_resize(self, num_blocks: int, max_blocks: int | None = None) -> Resized:
+        """Makes a pool of another size beside this one, which does not change; see `kvbm_jax.resize`.
+
+        Args:
+          num_blocks: of the new pool.
+          max_blocks: blocks of a table in it; None for as many as now.
+
+        Raises:
+          OutOfBlocksError: if more blocks are held than fit.
+          SequenceTooLongError: if a sequence has more blocks than a table then.
+          LayoutError: if `num_blocks` is out of range.
+        """
+        before = np.array(self._pool.generations)
+        for seed in range(self._seed, self._seed + _REHASH_TRIES):
+            state, running, result = _resize(
+                self._pool,
+                self.sequences,
+                num_blocks,
+                max_blocks=max_blocks,
+                seed=np.uint32(seed),
+                generation=self._generation,
+            )
+            if int(result.status) != Status.INDEX_FULL:
+                break
+        if int(result.status) == Status.OUT_OF_BLOCKS:
+            held = self.stats().held
+            raise OutOfBlocksError(
+                f"{held} of {len(before)} blocks are held, more than num_blocks = {num_blocks}; release sequences or "
+                "blocks first, or shrink to no less"
+            )
+        self.require(result.status, blocks=self.longest)
+        new_ids, after = np.array(result.new_ids), np.asarray(state.generations)
+        moved = np.flatnonzero((new_ids != np.arange(len(before))) & (new_ids < num_blocks))
+        handles = {(int(b), int(before[b])): (int(new_ids[b]), int(after[new_ids[b]])) for b in moved}
+        evicted = _evicted(result.evicted)
+        generation = np.uint32(result.generation)
+        return Resized(state, running, new_ids, np.array(result.sources), evicted, handles, generation)
+
+    def carry_out(self, plan: Resized) -> None:
+        """Takes over what `plan_resize` has made; nothing else may have been called since."""
+        self.install(plan.state, plan.running)
+        self._generation = plan.generation
+
+    def install(self, state: pool.PoolState, running: sequences.SequenceBatch) -> None:
+        """Takes over a pool and the sequences that go with it, made elsewhere."""
+        state, running = jax.device_put((state, running), self._device)
+        self._pool, self.sequences = state, running
+        self._room = int(pool.release_room(state))
+        self._seed = int(state.index.seed)
+
     def require_room(self, blocks: int) -> None:
         """Raises `OutOfBlocksError` if there are surely not as many blocks to be had."""
         counts = self.stats()
@@ -507,3 +599,5 @@ _free = jax.jit(pool.release, donate_argnums=0)
 _evict = jax.jit(pool.evict, donate_argnums=0, static_argnames="max_count")
 _compact = jax.jit(pool.compact, donate_argnums=0)
 _rehash = jax.jit(pool.rehash)
+_resize = jax.jit(resize_pool, static_argnums=2, static_argnames="max_blocks")
+_inactive_blocks = jax.jit(inactive_blocks, static_argnames="max_count")

@@ -77,6 +77,25 @@ class DeviceCache:
         self.value = new
         return result
 
+    def remade[**P](
+        self, program: Callable[Concatenate[kv_cache.KVCache, P], kv_cache.KVCache], *args: P.args, **kwargs: P.kwargs
+    ) -> kv_cache.KVCache:
+        """Makes a cache of another shape out of the present one, which stays: put it into `value` to go on with it.
+
+        Raises:
+          ConfigError: if the device has no room for both.
+        """
+        try:
+            made = program(self.value, *args, **kwargs)
+            for array in made.arrays:
+                array.block_until_ready()
+        except (RuntimeError, MemoryError) as error:
+            raise ConfigError(
+                f"the device has no room for another cache beside the present one of {self.value.layout.total_bytes:,} "
+                f"bytes ({' '.join(str(error).split())}); nothing has changed: use fewer blocks, or a new manager"
+            ) from error
+        return made
+
     def store_layer(self, block_id: int, layer: int, data: ArrayLike) -> None:
         """Writes one layer of a block, [C, T, H, D].
 

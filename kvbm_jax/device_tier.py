@@ -5,19 +5,23 @@ tiers below, and only then may a program write. The manager above knows tokens a
 """
 
 import functools
+from dataclasses import replace
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import grants
-from kvbm_jax.block_pool import BlockPool, EvictedBlocks, Stepped
-from kvbm_jax.cache import KVCache, copy_blocks, scrub_blocks
+from kvbm_jax.block_pool import BlockPool, EvictedBlocks, Resized, Stepped
+from kvbm_jax.cache import KVCache, copy_blocks, regroup_tokens, resize_blocks, scrub_blocks
 from kvbm_jax.device_cache import DeviceCache
+from kvbm_jax.errors import BlockStateError, ConfigError
+from kvbm_jax.handles import Hasher, Sequence
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import staging
 from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.protocols import Clock, MetricsSink, Tier
+from kvbm_jax.reblock import ReblockPlan, Running, build_pool, plan_reblock
 from kvbm_jax.residency import Residency
 
 __all__ = ["DeviceTier"]
@@ -29,7 +33,7 @@ class DeviceTier:
     Args:
       layout: of the cache.
       max_sequences: rows of the sequence batch.
-      max_blocks: blocks of a table.
+      max_sequence_tokens: which a table has room for; None = the whole pool.
       residency: where evictions and registrations are told.
       metrics: takes the device's gauges and the time of allocations.
       clock: for durations.
@@ -43,25 +47,30 @@ class DeviceTier:
         layout: KVLayout,
         *,
         max_sequences: int,
-        max_blocks: int,
+        max_sequence_tokens: int | None,
         residency: Residency,
         metrics: MetricsSink,
         clock: Clock,
     ) -> None:
-        self._new_pool = functools.partial(
-            BlockPool,
-            num_blocks=layout.num_blocks,
-            block_size=layout.block_size,
-            max_sequences=max_sequences,
-            max_blocks=max_blocks,
-        )
-        self._layout = layout
+        self._max_sequences = max_sequences
+        self._max_sequence_tokens = max_sequence_tokens
         self._metrics = metrics
         self._clock = clock
         self.residency = residency
         self.cache = DeviceCache(layout)
-        self.pool = self._new_pool()
+        self.pool = self._new_pool(layout)
         self.update_gauges()
+
+    @property
+    def layout(self) -> KVLayout:
+        """Of the cache as it is now."""
+        return self.cache.value.layout
+
+    @property
+    def max_sequence_tokens(self) -> int:
+        """How many tokens a sequence may have."""
+        slots = self.layout.num_slots
+        return slots if self._max_sequence_tokens is None else min(self._max_sequence_tokens, slots)
 
     def warm_up(self) -> None:
         """Compiles the programs of this file and of the tiers below."""
@@ -115,7 +124,7 @@ class DeviceTier:
         begun = self._clock.monotonic_ns()
         copied = self.pool.unshare(rows)
         self._allocated(begun, copied.evicted)
-        if np.any(copied.sources < self._layout.num_blocks):
+        if np.any(copied.sources < self.layout.num_blocks):
             self.cache.run(_copy_blocks, copied.sources, copied.targets)
 
     def reserve(self, count: int, max_blocks: int | None) -> grants.Grant:
@@ -140,7 +149,8 @@ class DeviceTier:
 
     def scrub(self, block_ids: NDArray[np.int32]) -> None:
         """Zeroes blocks i32[n]."""
-        padded = np.full((self._layout.num_blocks,), self._layout.num_blocks, np.int32)
+        num_blocks = self.layout.num_blocks
+        padded = np.full((num_blocks,), num_blocks, np.int32)
         padded[: len(block_ids)] = block_ids
         self.cache.run(_scrub_blocks, padded)
 
@@ -154,9 +164,47 @@ class DeviceTier:
     def renew(self) -> None:
         """Begins again with an empty pool, and with a new cache if that is lost; the tiers below keep theirs."""
         self.cache.renew()
-        self.pool = self._new_pool()
+        self.pool = self._new_pool(self.layout)
         self.residency.lost()
         self.update_gauges()
+
+    def resize(self, num_blocks: int) -> Resized:
+        """Grows or shrinks pool and cache. See `BlockManager.resize`."""
+        old = self.cache.value
+        width = max(self._max_blocks(replace(old.layout, num_blocks=num_blocks)), self.pool.longest)
+        plan = self.pool.plan_resize(num_blocks, width)
+        self.cache.value = self.cache.remade(_resize_blocks, plan.sources)
+        self.pool.carry_out(plan)
+        self.residency.evicted(old, plan.evicted)
+        self.residency.moved(plan.new_ids)
+        self.update_gauges()
+        return plan
+
+    def reblock(self, running: list[Sequence], hasher: Hasher) -> ReblockPlan:
+        """Cuts pool and cache into blocks of another size. See `BlockManager.reblock`."""
+        if self.residency.has_tiers:
+            raise ConfigError(
+                "the tiers below hold blocks of one size; close the manager, and open one with the other block_size on "
+                "an offload_path of its own, or without tiers"
+            )
+        here = [Running(seq, self.pool.table(seq.row), self.pool.length(seq.row)) for seq in running]
+        stray = self.pool.stats().held - len({int(block) for one in here for block in one.table})
+        if stray:
+            raise BlockStateError(f"{stray} blocks are held outside sequences; free them first")
+        plan = plan_reblock(
+            self.layout,
+            hasher,
+            residents=self.residency.residents,
+            inactive=self.pool.inactive_blocks(),
+            running=here,
+        )
+        made = self.cache.remade(_regroup_tokens, plan.slots)
+        pool = self._new_pool(made.layout, longest=max(map(len, plan.tables.values()), default=0))
+        pool.install(*build_pool(plan, pool.sequences))
+        self.cache.value, self.pool = made, pool
+        self.residency.regrouped(plan.residents, hasher.block_size)
+        self.update_gauges()
+        return plan
 
     def flush(self, seconds: float | None) -> FlushReport:
         """Copies what is cached to the lowest tier. See `OffloadEngine.flush`."""
@@ -167,6 +215,19 @@ class DeviceTier:
         counts = self.pool.stats()
         self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
         self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+
+    def _max_blocks(self, layout: KVLayout) -> int:
+        """Blocks of a table."""
+        tokens = layout.num_slots if self._max_sequence_tokens is None else self._max_sequence_tokens
+        return min(-(-tokens // layout.block_size), layout.num_blocks)
+
+    def _new_pool(self, layout: KVLayout, longest: int = 0) -> BlockPool:
+        return BlockPool(
+            num_blocks=layout.num_blocks,
+            block_size=layout.block_size,
+            max_sequences=self._max_sequences,
+            max_blocks=max(self._max_blocks(layout), longest),
+        )
 
     def _allocated(self, begun: int, evicted: EvictedBlocks) -> None:
         """Hands over what an allocation has evicted, before anything is written."""
@@ -185,3 +246,7 @@ def _scrub_blocks(cache: KVCache, block_ids: jax.Array) -> tuple[KVCache, None]:
 def _copy_blocks(cache: KVCache, sources: jax.Array, targets: jax.Array) -> tuple[KVCache, None]:
     """Copies blocks i32[B], padded with N; donates the cache."""
     return copy_blocks(cache, sources, targets), None
+
+
+_resize_blocks = jax.jit(resize_blocks)
+_regroup_tokens = jax.jit(regroup_tokens)

@@ -5,7 +5,7 @@ leave their `with` block, or give them back to the manager.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from typing import Self
 
@@ -13,9 +13,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvbm_jax.hashing import HashAlgorithm, Multimodal, hash_bytes, hash_sequence
+from kvbm_jax.offload.engine import Resident
 from kvbm_jax.protocols import BlockKey, BlockRecord, Tier
 
-__all__ = ["Block", "Hasher", "Sequence"]
+__all__ = ["Block", "Hasher", "ResizeReport", "Sequence"]
 
 
 @dataclass(frozen=True)
@@ -70,6 +71,21 @@ class Block:
         self.free()
 
 
+@dataclass(frozen=True)
+class ResizeReport:
+    """What `BlockManager.resize` did."""
+
+    num_blocks: int  # of the device now
+    num_evicted: int  # cached blocks that no longer fit: they went to the tiers below, or are gone
+    moved: Mapping[int, int]  # ids of held and cached blocks that are called otherwise now
+    handles: Mapping[tuple[int, int], tuple[int, int]] = field(repr=False)  # the same with generations
+
+    def follow(self, block: Block) -> Block:
+        """Returns the handle of a block as it is now; one that did not move is returned as it is."""
+        block_id, generation = self.handles.get((block.block_id, block.generation), (block.block_id, block.generation))
+        return replace(block, block_id=block_id, generation=generation)
+
+
 @dataclass(eq=False)
 class Sequence:
     """One running request, begun by `BlockManager.start`; read it, and let the manager change it.
@@ -103,15 +119,22 @@ class Sequence:
             self.hashes = np.concatenate([self.hashes, tail])
         return self.hashes[:count]
 
-    def record(self, index: int) -> BlockRecord:
-        """Returns what is known about its whole block `index`, which must have been hashed."""
-        size = self.hasher.block_size
-        return BlockRecord(
+    def rehash(self, hasher: Hasher) -> None:
+        """Has another hasher name its blocks."""
+        self.hasher = hasher
+        self.hashes = self.hashes[:0]
+
+    def resident(self, index: int, block_id: int) -> Resident:
+        """Returns what is known about its whole block `index`, which must have been hashed, and lies in `block_id`."""
+        first, last = index * self.hasher.block_size, (index + 1) * self.hasher.block_size
+        record = BlockRecord(
             key=BlockKey(hash_bytes(self.hashes[index])),
             parent_hash=hash_bytes(self.hashes[index - 1]) if index else None,
-            token_ids=tuple(self.tokens[index * size : (index + 1) * size]),
+            token_ids=tuple(self.tokens[first:last]),
             lora_name=self.lora_name,
         )
+        inputs = [(at - first, content) for at, content in self.multimodal if first <= at < last]
+        return Resident(block_id, record, self.salt, tuple(inputs))
 
     def release(self) -> None:
         """Ends the sequence, unless that has been done."""

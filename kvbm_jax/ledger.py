@@ -88,6 +88,11 @@ class GrantLedger:
         del self._entries[int(grant.ticket)]
         return block_ids
 
+    def require_none(self) -> None:
+        """Raises `BlockStateError` if a grant is under way."""
+        if self._entries:
+            raise BlockStateError(f"{len(self._entries)} grants are under way; commit them or give them back first")
+
     def clear(self) -> None:
         """Ends all grants."""
         self._entries.clear()

@@ -31,19 +31,22 @@ from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
 from kvbm_jax import grants
+from kvbm_jax.agreement import Agreement, agree_alone
 from kvbm_jax.block_pool import BlockCounts
 from kvbm_jax.cache import KVCache
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_tier import DeviceTier
 from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
-from kvbm_jax.handles import Block, Hasher, Sequence
+from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
 from kvbm_jax.interrupts import on_interrupt
+from kvbm_jax.layout import KVLayout
 from kvbm_jax.ledger import GrantLedger
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
+from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.residency import Residency
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
@@ -82,6 +85,8 @@ class BlockManager:
       metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
       clock: time for events and durations; None = the system's.
       stores: the tiers below the device, the fastest first, closed with the manager; None = those of `config`.
+      agreement: decides how much of what the tiers brought up is used, where several processes run one plan; see
+        `kvbm_jax.agreement`.
 
     Raises:
       ConfigError: if a size is unset, the transport asked for is absent, a tier cannot be had, or there is no CPU
@@ -99,17 +104,17 @@ class BlockManager:
         metrics: MetricsSink | None = None,
         clock: Clock | None = None,
         stores: abc.Sequence[BlockStore] | None = None,
+        agreement: Agreement = agree_alone,
     ) -> None:
         self.config = config
-        self.layout = layout_of(config)
-        limit = self.layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
+        layout = layout_of(config)
+        limit = layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
         if limit < 1 or max_sequences < 1:
             raise ConfigError(
                 f"max_sequences is {max_sequences} and max_sequence_tokens {limit}; both must be at least 1"
             )
-        self._max_tokens = min(limit, self.layout.num_slots)
-        self._max_blocks = min(-(-limit // config.block_size), self.layout.num_blocks)
         self._max_sequences = max_sequences
+        self._agreement = agreement
         self._metrics: MetricsSink = NullMetrics() if metrics is None else GuardedMetrics(metrics)
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
@@ -124,12 +129,12 @@ class BlockManager:
         self._running: dict[int, Sequence] = {}
         self._ledger = GrantLedger()
         self._closed = False
-        engine = self._open_engine(stores)
+        engine = self._open_engine(layout, stores)
         try:
             self._device = DeviceTier(
-                self.layout,
+                layout,
                 max_sequences=max_sequences,
-                max_blocks=self._max_blocks,
+                max_sequence_tokens=max_sequence_tokens,
                 residency=Residency(self._publisher, self._metrics, engine),
                 metrics=self._metrics,
                 clock=self._clock,
@@ -139,24 +144,29 @@ class BlockManager:
                 engine.close(0)
             raise
 
-    def _open_engine(self, stores: abc.Sequence[BlockStore] | None) -> OffloadEngine | None:
+    def _open_engine(self, layout: KVLayout, stores: abc.Sequence[BlockStore] | None) -> OffloadEngine | None:
         with contextlib.ExitStack() as opened:
             if stores is None:
-                stores = open_stores(self.config, self.layout, self._clock)
+                stores = open_stores(self.config, layout, self._clock)
                 for store in stores:
                     opened.callback(store.close)
             if not stores:
                 return None
             engine = OffloadEngine(
-                self.layout,
+                layout,
                 stores,
-                identity=identity_of(self.config, self.layout),
+                identity=identity_of(self.config, layout),
                 publisher=self._publisher,
                 metrics=self._metrics,
                 clock=self._clock,
             )
             opened.pop_all()
         return engine
+
+    @property
+    def layout(self) -> KVLayout:
+        """Sizes and arrangement of the cache as it is now."""
+        return self._device.layout
 
     # Sequences.
 
@@ -219,11 +229,14 @@ class BlockManager:
         count, size = len(seq.tokens), self.layout.block_size
         if not seq.released:
             raise BlockStateError(f"the sequence of row {seq.row} is running; release it before it is begun again")
-        if not 1 <= count <= self._max_tokens:
+        most = self._device.max_sequence_tokens
+        if not 1 <= count <= most:
             raise SequenceTooLongError(
-                f"a prompt of {count} tokens; between 1 and {self._max_tokens} fit a sequence "
-                f"({self._max_blocks} blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
+                f"a prompt of {count} tokens; between 1 and {most} fit a sequence ({self._device.pool.max_blocks} "
+                f"blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
             )
+        if seq.hasher != self._hasher:  # it ran before `reblock`
+            seq.rehash(self._hasher)
         row, hashes = self._free_row(), seq.hash_blocks(count // size)
         reusable = (count - 1) // size if seq.reuse else 0
         resident = self._device.pool.match(hashes[:reusable]) if reusable else 0
@@ -248,24 +261,29 @@ class BlockManager:
             raise
         seq.num_registered = seq.num_cached // self.layout.block_size
         seq.hits = {Tier.G1: seq.num_cached}
-        if loaded is not None:
+        if seq.num_registered < reusable and self._device.residency.has_tiers:
             self._onboard(seq, loaded)
 
-    def _onboard(self, seq: Sequence, loaded: Loaded) -> None:
+    def _onboard(self, seq: Sequence, loaded: Loaded | None) -> None:
         """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
-        size, first = self.layout.block_size, seq.num_registered
-        last = first + len(loaded.tiers)
+        brought = () if loaded is None else self._bring_up(seq, loaded)
+        used, size = self._agreement(brought), self.layout.block_size
+        if used:
+            seq.num_cached += used * size
+            self._register(seq, seq.num_cached)
+            counts = collections.Counter(brought[:used])
+            seq.hits = {**seq.hits, **{tier: blocks * size for tier, blocks in sorted(counts.items())}}
+
+    def _bring_up(self, seq: Sequence, loaded: Loaded) -> tuple[Tier, ...]:
+        """Writes loaded blocks to the device; returns where those were found that lie there now."""
         try:
-            self._device.onboard(seq.row, first, last - first, loaded.rows)
+            self._device.onboard(seq.row, seq.num_registered, len(loaded.tiers), loaded.rows)
         except CacheLostError:
             raise
         except Exception:  # noqa: BLE001 (no memory on the device, say: the blocks are computed instead)
             _LOG.exception("%d blocks could not be brought up", len(loaded.tiers))
-            return
-        self._register(seq, last * size)
-        seq.num_cached = last * size
-        counts = collections.Counter(loaded.tiers)
-        seq.hits = {**seq.hits, **{tier: blocks * size for tier, blocks in sorted(counts.items())}}
+            return ()
+        return loaded.tiers
 
     @_whole
     def fork(self, seq: Sequence) -> Sequence:
@@ -444,7 +462,8 @@ class BlockManager:
         seq.num_registered = last
         index = first + np.flatnonzero(done.new)
         if len(index):
-            self._device.residency.registered(done.block_ids[done.new], [seq.record(int(i)) for i in index])
+            blocks = zip(index, done.block_ids[done.new], strict=True)
+            self._device.residency.registered([seq.resident(int(i), int(block)) for i, block in blocks])
         return len(index)
 
     def release(self, seq: Sequence) -> None:
@@ -671,6 +690,57 @@ class BlockManager:
     def clear(self) -> int:
         """Forgets every cached block that no sequence holds, in all tiers, and returns how many were on the device."""
         return self._device.clear()
+
+    # Other sizes.
+
+    @_whole
+    def resize(self, num_blocks: int) -> ResizeReport:
+        """Grows or shrinks the device's pool and cache between steps, with all that runs on them.
+
+        Sequences go on, and what is cached stays found as far as it fits: reset blocks go first, then the least
+        recently released cached ones, which are offered to the tiers below. Blocks keep their ids unless those lie
+        beyond the new size; each that moves is told as `deleted` and `created`. Take `sequences` anew afterwards; for
+        handles of `allocate_blocks` see `ResizeReport.follow`: the former handle of a block that moved is stale.
+
+        Compiled programs see other shapes and are compiled again. Both caches are in memory for a while.
+
+        Raises:
+          OutOfBlocksError: if more blocks are held than fit.
+          ConfigError: if the device has no room for the new cache beside the present one.
+          LayoutError: if `num_blocks` is out of range.
+          BlockStateError: if a grant is under way.
+          In each case nothing has changed.
+        """
+        self._ledger.require_none()
+        done = self._device.resize(num_blocks)
+        moved = {old: new for (old, _), (new, _) in done.handles.items()}
+        return ResizeReport(num_blocks, len(done.evicted.block_ids), moved, done.handles)
+
+    @_whole
+    def reblock(self, block_size: int) -> ReblockReport:
+        """Cuts the device's cache into blocks of another size between steps, with all that runs on it.
+
+        The cache keeps its slots, but for what is left over of a last block. Sequences keep their tokens, their lengths
+        and what is computed of them. Cached prefixes are hashed anew from their tokens and stay found as far as whole
+        new blocks exist: see `kvbm_jax.reblock` for which, and in which order they are evicted. Subscribers are told
+        that the device is empty, and then what it holds.
+
+        Raises:
+          ConfigError: if there are tiers below, which hold blocks of one size, or no room for the new cache.
+          OutOfBlocksError: if the running sequences do not fit.
+          LayoutError: if `block_size` is out of range.
+          BlockStateError: if a grant is under way, or blocks of `allocate_blocks` are held.
+          In each case nothing has changed.
+        """
+        self._ledger.require_none()
+        hasher = replace(self._hasher, block_size=block_size)
+        plan = self._device.reblock(list(self._running.values()), hasher)
+        self._hasher = hasher
+        for seq in self._running.values():
+            seq.rehash(hasher)
+            seq.num_registered = plan.num_registered[seq.row]
+            seq.may_share_tail = True
+        return plan.report
 
     def flush(self, deadline: float | None = None) -> FlushReport:
         """Copies what is cached, on the device and in host memory, to the disk tier; nothing is evicted by it.

@@ -1,8 +1,8 @@
 """What the device holds: told to the world, and handed to the tiers below when it goes.
 
 The pool knows block ids and hashes, the manager knows tokens. Here both come together as one record for each
-registered block, kept while the device holds it, so that an evicted block can be offered below and a flush knows what
-there is. Without tiers below nothing is kept, and evictions are events only.
+registered block, kept while the device holds it, so that an evicted block can be offered below, a flush knows what
+there is, and blocks of another size can be made out of it.
 """
 
 from collections import OrderedDict
@@ -17,7 +17,7 @@ from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes
 from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident
-from kvbm_jax.protocols import BlockKey, BlockRecord, MetricsSink, StoreStats, Tier
+from kvbm_jax.protocols import BlockKey, MetricsSink, StoreStats, Tier
 
 __all__ = ["Residency"]
 
@@ -42,30 +42,49 @@ class Residency:
         """Whether there is any tier below."""
         return self._engine is not None
 
-    def registered(self, block_ids: Sequence[int] | NDArray[np.int32], records: Sequence[BlockRecord]) -> None:
+    @property
+    def residents(self) -> list[Resident]:
+        """What the device holds, the least recently released first."""
+        return list(self._residents.values())
+
+    def registered(self, blocks: Sequence[Resident]) -> None:
         """Blocks have become findable on the device."""
-        if self._engine is None:
-            self._publisher.created(Tier.G1, block_ids, records)
-            return
-        blocks = [Resident(int(block), record) for block, record in zip(block_ids, records, strict=True)]
         self._residents.update((block.record.key, block) for block in blocks)
-        self._engine.registered(blocks)
+        if self._engine is None:
+            self._publisher.created(Tier.G1, [block.block_id for block in blocks], [block.record for block in blocks])
+        else:
+            self._engine.registered(blocks)
+
+    def moved(self, new_ids: NDArray[np.int32]) -> None:
+        """Blocks i32[N] are called otherwise now: each that moved is told as gone here and as new there."""
+        moved = [block for block in self._residents.values() if new_ids[block.block_id] != block.block_id]
+        self._publisher.deleted(Tier.G1, [block.block_id for block in moved], [block.record.key for block in moved])
+        renamed = [block._replace(block_id=int(new_ids[block.block_id])) for block in moved]
+        if renamed:
+            self.registered(renamed)
+
+    def regrouped(self, blocks: Sequence[Resident], block_size: int) -> None:
+        """The device holds blocks of another size now, these and no others."""
+        self._residents.clear()
+        self._publisher.cleared(Tier.G1)
+        self._publisher.block_size = block_size
+        self.registered(blocks)
 
     def released(self, hashes: NDArray[np.uint32]) -> None:
         """A sequence has let go of registered blocks u32[M, 4]; its last block is the first to go."""
-        if self._engine is not None:
-            for words in hashes[::-1]:
-                key = BlockKey(hash_bytes(words))
-                if key in self._residents:
-                    self._residents.move_to_end(key)
+        for words in hashes[::-1]:
+            key = BlockKey(hash_bytes(words))
+            if key in self._residents:
+                self._residents.move_to_end(key)
 
     def evicted(self, cache: KVCache, evicted: EvictedBlocks) -> None:
         """The device has given up blocks; their contents are still in `cache`, and are offered below."""
         keys = self._count_evicted(evicted)
+        gone = [self._residents.pop(key) for key in keys]
         if self._engine is None:
             self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
-        elif keys:
-            self._engine.offload(cache, [self._residents.pop(key) for key in keys])
+        elif gone:
+            self._engine.offload(cache, gone)
 
     def cleared(self, evicted: EvictedBlocks) -> None:
         """The device has been told to forget blocks; the tiers below forget all of theirs."""

@@ -6,9 +6,9 @@
              reset block below it that would be granted next, in the order of ids
 
 So as few blocks move as can. Contents follow by `cache.resize_blocks`, tables are rewritten here. Everything costs
-work in proportion to the pool and yields arrays of other shapes: a call of its own, made between steps and not donated.
+work in proportion to the pool and yields arrays of other shapes: a call of its own, made between steps, not donated.
 
-Axes: N blocks before, M blocks after, F = max(N - M, 1), B rows and W blocks of a table, G groups, K entries of a queue.
+Axes: N blocks before, M after, F = max(N - M, 1), B rows and W blocks of a table, G groups, K entries of a queue.
 """
 
 from dataclasses import replace

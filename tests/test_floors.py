@@ -37,11 +37,13 @@ FLOORS = {
     2: ["hashing", "identity", "config", "events", "metrics"],
     3: ["offload", "transfer"],
     4: [
+        "agreement",
         "block_pool",
         "handles",
         "interrupts",
         "ledger",
         "manager",
+        "reblock",
         "residency",
         "device_cache",
         "device_tier",

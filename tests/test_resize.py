@@ -11,12 +11,14 @@ from oracle import OraclePool
 
 from kvbm_jax import invariants, pool, resize, sequences
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.groups import Group
 from kvbm_jax.types import Status
 
 pytestmark = pytest.mark.core
 
 ROWS, WIDTH = 2, 5
 KEYS = 40
+PLAIN = (Group(),)
 
 
 @functools.cache
@@ -54,8 +56,8 @@ def hashes(*rows):
     return jnp.asarray(out)
 
 
-def empty(num_blocks, groups=1):
-    return sequences.init(ROWS, WIDTH, block_size=4, pool_blocks=num_blocks, num_groups=groups)
+def empty(num_blocks, groups=PLAIN):
+    return sequences.init(ROWS, WIDTH, block_size=4, pool_blocks=num_blocks, groups=groups)
 
 
 def with_registered(state, numbers):
@@ -238,7 +240,7 @@ def test_handles_stay_current_or_go_stale_for_good():
         current = {block: int(state.generations[block]) for block in current if block < num_blocks}
         for _ in range(4):
             if current and rng.random() < 0.6:
-                block = list(current)[0]
+                block = next(iter(current))
                 del current[block]
                 state = release(state, [block])
             elif len(current) < num_blocks:
@@ -247,7 +249,7 @@ def test_handles_stay_current_or_go_stale_for_good():
                 current[block] = int(state.generations[block])
                 handles.append((block, current[block]))
         while len(current) > 1:  # so that the next size fits
-            block = list(current)[0]
+            block = next(iter(current))
             del current[block]
             state = release(state, [block])
         ids = jnp.array([block for block, _ in handles], jnp.int32)
@@ -274,7 +276,7 @@ def test_order_survives_near_the_wrap_of_positions():
 
 
 def test_groups_and_wider_tables():
-    state, running = pool.init(12), empty(12, groups=2)
+    state, running = pool.init(12), empty(12, (Group(), Group()))
     state, running, _ = jax.jit(sequences.start)(
         state, running, jnp.array([1]), hashes([0])[:1], jnp.array([0]), jnp.array([9])
     )

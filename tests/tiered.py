@@ -15,6 +15,7 @@ import xxhash
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax import cache as kv_cache
+from kvbm_jax.agreement import agree_alone
 from kvbm_jax.protocols import Outcome, StoreRow, Tier
 
 SIZE = 4
@@ -34,7 +35,7 @@ def prompt(first, blocks, tail=1):
     return list(range(first, first + blocks * SIZE + tail))
 
 
-def make(num_blocks=8, max_sequences=1, metrics=None, stores=None, **config):
+def make(num_blocks=8, max_sequences=1, metrics=None, stores=None, agreement=agree_alone, **config):
     values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
     return BlockManager(
         KvBlockManagerConfig(**(values | {"dtype": "float32"} | config)),
@@ -42,6 +43,7 @@ def make(num_blocks=8, max_sequences=1, metrics=None, stores=None, **config):
         max_sequence_tokens=WIDTH,
         metrics=metrics,
         stores=stores,
+        agreement=agreement,
     )
 
 
@@ -63,10 +65,10 @@ def _store(cache, data, slots):
 
 
 def slots_of(manager, seq):
-    count = len(seq.tokens)
+    count, size = len(seq.tokens), manager.layout.block_size
     table = np.asarray(manager.sequences.block_tables)[0, seq.row]
     positions = np.arange(count)
-    return table[positions // SIZE] * SIZE + positions % SIZE
+    return table[positions // size] * size + positions % size
 
 
 def prefill(manager, seq, first=None):
@@ -80,9 +82,9 @@ def prefill(manager, seq, first=None):
 
 def check(manager, seq):
     """Compares the slots of a sequence with what they should hold."""
-    slots = slots_of(manager, seq)
+    slots, size = slots_of(manager, seq), manager.layout.block_size
     array = np.stack([np.asarray(a) for a in manager.cache.arrays], 1)  # [N, L, C, T, H, D]
-    found = array[slots // SIZE, :, :, slots % SIZE].reshape(len(slots), LAYERS, 4)
+    found = array[slots // size, :, :, slots % size].reshape(len(slots), LAYERS, 4)
     np.testing.assert_array_equal(found, contents(seq.tokens))
 
 

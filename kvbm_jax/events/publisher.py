@@ -24,14 +24,14 @@ class EventPublisher:
     Args:
       sink: where batches go.
       worker_id: who says so.
-      block_size: tokens of a block.
+      block_size: tokens of a block; may be set anew.
       clock: for timestamps.
     """
 
     def __init__(self, sink: EventSink[KvEventBatch], *, worker_id: str, block_size: int, clock: Clock) -> None:
         self._sink = sink
         self._worker_id = worker_id
-        self._block_size = block_size
+        self.block_size = block_size
         self._clock = clock
         self._next_id = 0
         self._lock = threading.Lock()
@@ -88,7 +88,7 @@ class EventPublisher:
                     event_type,
                     np.asarray(block_ids),
                     worker_id=self._worker_id,
-                    block_size=self._block_size,
+                    block_size=self.block_size,
                     first_event_id=self._number(len(keys)),
                     timestamp=self._clock.time_ns(),
                     tier=tier,

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 from kvbm_jax.cache import KVCache
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import EventPublisher
+from kvbm_jax.hashing import Multimodal
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.announcer import Arrival, TierAnnouncer
@@ -62,6 +63,8 @@ class Resident(NamedTuple):
 
     block_id: int
     record: BlockRecord
+    salt: str = ""
+    multimodal: Multimodal = ()  # (offset in the block, hash of the input that stands there)
 
 
 class Loaded(NamedTuple):
