@@ -423,7 +423,7 @@ class BlockManager:
         for _, (seq, _) in news:
             found[seq] += 1
         if news:
-            self._device.residency.registered([block for block, _ in news], [seq.record(i) for _, (seq, i) in news])
+            self._device.residency.registered([seq.resident(i, int(block)) for block, (seq, i) in news])
         for seq in refused:
             found[seq] += self._register(seq)
         self._device.update_gauges()

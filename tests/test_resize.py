@@ -290,6 +290,22 @@ def test_groups_and_wider_tables():
     invariants.assert_holds(resized)
 
 
+def test_windows_that_have_passed_stay_passed():
+    state, running = pool.init(12), empty(12, (Group(), Group(window=4)))
+    state, running, _ = jax.jit(sequences.start)(
+        state, running, jnp.array([1]), hashes([0])[:1], jnp.array([0]), jnp.array([17])
+    )
+    slide = jax.jit(sequences.slide, static_argnames="max_blocks")
+    state, running, _ = slide(state, running, jnp.array([0, 16]), max_blocks=4)
+    assert running.first.tolist() == [[0, 0], [0, 3]]
+    resized, rows, result = verbs()["resize"](state, running, 8)
+    assert int(result.status) == Status.OK
+    assert rows.first.tolist() == running.first.tolist()
+    assert rows.block_tables[1, 1, :3].tolist() == [8, 8, 8]
+    assert not any(int(count) for count in invariants.check_sequences(rows))
+    invariants.assert_holds(resized, jnp.bincount(rows.block_tables.ravel(), length=9)[:8])
+
+
 def test_index_takes_another_seed():
     state, blocks = with_registered(pool.init(8), range(5))
     resized, _, result = verbs()["resize"](release(state, blocks), empty(8), 16, seed=jnp.uint32(9))
