@@ -30,6 +30,8 @@ FLOORS = {
         "sequences",
         "grants",
         "policies",
+        "selection",
+        "sketch",
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step"],
