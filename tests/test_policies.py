@@ -18,6 +18,10 @@ from kvbm_jax.types import Status
 pytestmark = pytest.mark.core
 
 
+WIDTH = 8  # blocks that a call names at most
+SIZE = 9
+
+
 def worth(block):
     return (block.uses - 2 * block.priority) / (1 + block.age) - block.depth
 
@@ -37,15 +41,15 @@ POLICIES = {
 
 
 @functools.cache
-def verbs(name, max_blocks=4):
+def verbs(name):
     """Verbs of a pool with a policy; all take its memory first."""
     policy = POLICIES[name][0]()
 
     def allocate(memory, state, counts):
-        return pool.allocate(state, counts, max_blocks=max_blocks, scores=policies.bind(policy, memory))
+        return pool.allocate(state, counts, max_blocks=WIDTH, scores=policies.bind(policy, memory))
 
     def evict(memory, state, count):
-        return pool.evict(state, count, max_count=max_blocks, scores=policies.bind(policy, memory))
+        return pool.evict(state, count, max_count=WIDTH, scores=policies.bind(policy, memory))
 
     return {
         "policy": policy,
@@ -68,16 +72,16 @@ def key_of(number):
 class PoolDriver:
     """A pool with a policy and the oracle with its twin: blocks one by one, compared after each call."""
 
-    def __init__(self, name, num_blocks, width=4):
-        self.n, self.width = num_blocks, width
-        self.do = verbs(name, width)
+    def __init__(self, name, num_blocks=SIZE):
+        self.n = num_blocks
+        self.do = verbs(name)
         self.state = pool.init(num_blocks)
         self.memory = self.do["policy"].init(num_blocks)
         self.oracle = OraclePool(num_blocks, POLICIES[name][1](num_blocks))
         self.depths = {}
 
     def row(self, values, fill=None, dtype=jnp.int32):
-        return jnp.array([*values, *[self.n if fill is None else fill] * (self.width - len(values))], dtype)
+        return jnp.array([*values, *[self.n if fill is None else fill] * (WIDTH - len(values))], dtype)
 
     def allocate(self, counts):
         padded = [*counts, *[0] * (2 - len(counts))]
@@ -105,7 +109,7 @@ class PoolDriver:
         """Registers held blocks, each after its parent (a block or None), and tells the policies of those it could."""
         parents = parents or [None] * len(blocks)
         priorities = priorities or [0] * len(blocks)
-        hashes = np.zeros((1, self.width, 4), np.uint32)
+        hashes = np.zeros((1, WIDTH, 4), np.uint32)
         for i, number in enumerate(numbers):
             hashes[0, i] = key_of(number)
         self.state, result = self.do["register"](self.state, self.row(blocks)[None], jnp.asarray(hashes))
@@ -157,7 +161,7 @@ class PoolDriver:
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize(("seed", "num_blocks"), [(0, 3), (1, 9), (2, 33)])
+@pytest.mark.parametrize(("seed", "num_blocks"), [(0, 3), (1, SIZE)])
 def test_random_calls_match_the_oracle(name, seed, num_blocks):
     rng = np.random.default_rng([seed, num_blocks])
     d = PoolDriver(name, num_blocks)
@@ -275,7 +279,7 @@ def test_random_sequences_match_the_model(name, groups):
 
 
 def test_lru_is_the_order_of_releases():
-    d = PoolDriver("lru", 4)
+    d = PoolDriver("lru")
     a, b, c = d.fill([1, 2, 3])
     d.hit([a])
     d.release([a])
@@ -288,13 +292,13 @@ def test_lineage_takes_leaves_and_then_their_parents():
     #   b   d      b goes; d is next, which leaves a to be a leaf: the oldest.
     #   |          Last e's only child f, then e.
     #   c     e-f
-    d = PoolDriver("lineage", 8, width=8)
+    d = PoolDriver("lineage")
     a, b, c, e, d_, f = d.fill([1, 2, 3, 4, 5, 6], parents=[None, 0, 1, None, 0, 3])
     assert d.evict(8) == [c, b, d_, a, f, e]
 
 
 def test_lineage_spares_what_held_blocks_descend_from():
-    d = PoolDriver("lineage", 8)
+    d = PoolDriver("lineage")
     a, b, c = d.allocate([3])
     d.register([a, b, c], [1, 2, 3], [None, a, b])
     d.release([b, a])  # a first
@@ -306,7 +310,7 @@ def test_lineage_spares_what_held_blocks_descend_from():
 
 
 def test_lineage_forgets_links_to_blocks_that_hold_something_else_now():
-    d = PoolDriver("lineage", 3)
+    d = PoolDriver("lineage")
     a, b = d.allocate([2])
     d.register([a, b], [1, 2], [None, a])
     d.release([a])
@@ -321,25 +325,27 @@ def test_lineage_forgets_links_to_blocks_that_hold_something_else_now():
 
 def test_lineage_sees_as_far_as_its_depth():
     n = 9
-    policy = policies.lineage(max_depth=n)
-    state, memory = pool.init(n), policy.init(n)
-    state, granted = pool.allocate(state, jnp.array([n], jnp.int32), max_blocks=n)
-    blocks = granted.block_ids
     hashes = jnp.zeros((1, n, 4), jnp.uint32).at[0, :, 0].set(jnp.arange(n, dtype=jnp.uint32))
-    state, _ = pool.register(state, blocks, hashes)
     chain = jnp.arange(n, dtype=jnp.int32)
-    memory = policy.registered(
-        memory,
-        state,
-        policies.Registered(blocks[0], jnp.roll(blocks[0], 1).at[0].set(n), chain, chain.astype(jnp.uint32)),
-    )
-    state, _ = pool.release(state, blocks[:, ::-1])  # the root first
-    _, evicted = pool.evict(state, jnp.int32(n), max_count=n, scores=policies.bind(policy, memory))
-    assert evicted.block_ids.tolist() == blocks[0, ::-1].tolist()
+
+    def order(policy):
+        """In which a chain goes that is released root first."""
+        state, memory = pool.init(n), policy.init(n)
+        state, granted = pool.allocate(state, jnp.array([n], jnp.int32), max_blocks=n)
+        blocks = granted.block_ids
+        state, _ = pool.register(state, blocks, hashes)
+        parents = jnp.roll(blocks[0], 1).at[0].set(n)
+        told = policies.Registered(blocks[0], parents, chain, chain.astype(jnp.uint32))
+        scores = policies.bind(policy, policy.registered(memory, state, told))
+        state, _ = pool.release(state, blocks[:, ::-1])
+        return pool.evict(state, jnp.int32(n), max_count=n, scores=scores)[1].block_ids
+
+    for depth in (n, None):
+        assert jax.jit(order, static_argnums=0)(policies.lineage(max_depth=depth)).tolist() == list(range(n))[::-1]
 
 
 def test_the_lowest_priority_goes_first():
-    d = PoolDriver("priority", 5, width=5)
+    d = PoolDriver("priority")
     a, b, c, e, f = d.fill([1, 2, 3, 4, 5], priorities=[7, 0, 7, 2**31, 0])
     d.hit([b])
     d.release([b])
@@ -434,12 +440,15 @@ def test_scores_of_the_wrong_shape_or_type_are_told():
 def test_a_step_evicts_by_the_policy_what_it_has_just_released(name):
     d = PolicyDriver(1, name)
     d.start([0, 1], [[0, 0, 0, 0], [1, 1, 1, 1]], [T * 4, T * 4])
+    d.start([3], [[1, 0, 0, 0]], [T * 2])
     d.register([0, 1], [[0, 0, 0, 0], [1, 1, 1, 1]], [0, 0])
     d.release([1])
     policy, memory = POLICIES[name][0](), d.memory
     plan = make_plan(ending=[0], starting=[(1, [1, 0, 1, 1], 4 * T), (2, [0, 1, 1, 1], 3 * T)])
     scores = policies.bind(policy, memory)
-    state, running, result = step.step(d.pool, d.batch, plan, max_blocks=MAX_BLOCKS, scores=scores)
+    state, running, result = jax.jit(functools.partial(step.step, max_blocks=MAX_BLOCKS, scores=scores))(
+        d.pool, d.batch, plan
+    )
     assert result.start_status.tolist()[:2] == [Status.OK, Status.OK]
     assert result.num_cached.tolist()[:2] == [T, T]
     assert int(result.evicted.num_blocks) == 3
