@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from oracle import OraclePool
 from policy_oracles import LineageOracle, LruOracle, PriorityOracle, ScoredOracle, TinyLfuOracle
-from test_sequences import BLOCKS, MAX_BLOCKS, B, Driver, Model, T, queue_order, stack, walk
+from test_sequences import BLOCKS, HYBRID, MAX_BLOCKS, ONE, B, Driver, Model, T, queue_order, stack, walk
 from test_step import P, make_plan, observed
 
 from kvbm_jax import invariants, policies, pool, selection, sequences, sketch, step
@@ -206,6 +206,7 @@ class PolicyModel(Model):
             for row, n in zip(rows, cached, strict=True)
             for table in self.tables
             for block in table[row][: n // T]
+            if block is not None
         ]
         self.pool.policy.hit(self.pool, found)
         return cached, status
@@ -255,11 +256,11 @@ def sequence_verbs(name):
 class PolicyDriver(Driver):
     """Batch, pool and model with a policy; a block's priority is the row that registers it."""
 
-    def __init__(self, groups, name):
-        super().__init__(groups)
+    def __init__(self, windows, name):
+        super().__init__(windows)
         policy, twin = POLICIES[name]
         self.memory = policy().init(self.n)
-        self.model = PolicyModel(groups)
+        self.model = PolicyModel(windows)
         self.model.pool.policy = twin(self.n)
         self.do = {**self.do, **{verb: self.remembering(do) for verb, do in sequence_verbs(name).items()}}
 
@@ -272,9 +273,10 @@ class PolicyDriver(Driver):
 
 
 @pytest.mark.parametrize("name", POLICIES)
-@pytest.mark.parametrize("groups", [1, 2])
-def test_random_sequences_match_the_model(name, groups):
-    seen = walk(PolicyDriver(groups, name), np.random.default_rng([7, groups]), 200)
+@pytest.mark.parametrize("windows", [ONE, HYBRID[0]], ids=str)
+def test_random_sequences_match_the_model(name, windows):
+    hybrid = windows in HYBRID
+    seen = walk(PolicyDriver(windows, name), np.random.default_rng([7, hybrid]), 200, hybrid=hybrid)
     assert {("start", Status.OK), ("cached", True), ("extend", Status.OK)} <= seen
 
 
@@ -438,7 +440,7 @@ def test_scores_of_the_wrong_shape_or_type_are_told():
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_step_evicts_by_the_policy_what_it_has_just_released(name):
-    d = PolicyDriver(1, name)
+    d = PolicyDriver(ONE, name)
     d.start([0, 1], [[0, 0, 0, 0], [1, 1, 1, 1]], [T * 4, T * 4])
     d.start([3], [[1, 0, 0, 0]], [T * 2])
     d.register([0, 1], [[0, 0, 0, 0], [1, 1, 1, 1]], [0, 0])
@@ -466,7 +468,7 @@ def test_a_step_evicts_by_the_policy_what_it_has_just_released(name):
 @pytest.mark.parametrize("name", POLICIES)
 def test_policies_compile_without_loops_of_unknown_length(name):
     policy = POLICIES[name][0]()
-    n = BLOCKS[1]
+    n = BLOCKS[ONE]
 
     def everything(memory, state, blocks):
         state, _ = pool.evict(state, jnp.int32(2), max_count=4, scores=policies.bind(policy, memory))
