@@ -36,7 +36,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     chosen.add_argument(
         "--policy",
         type=_policy,
-        default="lru",
         metavar="NAME",
         help=f"which blocks the pool evicts first: {names} (default lru)",
     )
@@ -76,7 +75,7 @@ def run(args: argparse.Namespace) -> Report:
 def _single(args: argparse.Namespace, options: dict[str, Any]) -> Report:
     from kvbm_jax.replay import replay  # noqa: PLC0415 (it compiles; `--help` need not)
 
-    result = replay(args.traces, args.num_blocks[0], policy=args.policy, **options)
+    result = replay(args.traces, args.num_blocks[0], policy=args.policy or "lru", **options)
     show_progress("")
     data = result.as_dict()
     rows = []
