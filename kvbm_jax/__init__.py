@@ -5,6 +5,7 @@ Pure functions over immutable pytrees, which a server calls inside its own jitte
     pool        which block is free, held, cached or evictable       pool.init, match, allocate, register, release
     sequences   block tables and lengths of running requests         sequences.start, extend, register, release
     grants      allocation inside a compiled loop                    grants.reserve, extend, commit
+    policies    which cached block is evicted first                  policies.lineage, priority, tiny_lfu, scored
     cache       the tensors: store, load, gather, scatter, copy      cache.init, store_kv, load_kv
     attention   what a model's attention layer calls                 attend, decode_batch, step_batch
 
@@ -15,7 +16,7 @@ Importing this package needs jax and numpy only, starts no thread and initialise
 
 from typing import TYPE_CHECKING, Any
 
-from kvbm_jax import attention, cache, grants, invariants, kernels, layout, pool, sequences
+from kvbm_jax import attention, cache, grants, invariants, kernels, layout, policies, pool, sequences
 from kvbm_jax.attention import AttentionBatch, attend, decode_batch, paged_attention, step_batch
 from kvbm_jax.cache import KVCache, copy_blocks, gather_blocks, load_kv, scatter_blocks, store_kv
 from kvbm_jax.errors import KvbmError
@@ -41,6 +42,7 @@ __all__ = [
     "invariants",
     "kernels",
     "layout",
+    "policies",
     "pool",
     "sequences",
     "AttentionBatch",

@@ -181,10 +181,10 @@ class Lineage:
 def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
     """Only leaves go, blocks that no resident block follows; of these the least recently released first.
 
-    A block that others hold on to by a chain of cached blocks outlives the chain, whatever the order of releases: an
-    evicted parent would make its children unreachable. (Radix-tree caches evict so: Zheng et al., "SGLang", NeurIPS
-    2024, section 3.) Sequences that are released whole, last block first, die from their tails under `lru` too; the two
-    differ where blocks are released one by one, in another order.
+    A block outlives its cached descendants whatever the order of releases: a prefix match could not reach them without
+    it. (Radix-tree caches evict so: Zheng et al., "SGLang", NeurIPS 2024, section 3.) Sequences that are released
+    whole, last block first, die from their tails under `lru` too; the two differ where blocks are released one by one,
+    as from under a sliding window.
 
     A call that evicts many takes them as if one by one, a parent becoming a leaf when its last child has gone. Blocks
     that held ones descend from go last, the deepest first, for want of any other.
