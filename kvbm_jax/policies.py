@@ -34,6 +34,7 @@ from kvbm_jax import index as block_index
 from kvbm_jax import lru as queue
 from kvbm_jax import pool, selection, sequences, sketch
 from kvbm_jax.errors import ConfigError, LayoutError
+from kvbm_jax.ordering import fence
 
 __all__ = [
     "NAMES",
@@ -206,7 +207,7 @@ def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
         )
 
     def registered(memory: Lineage, state: pool.PoolState, told: Registered) -> Lineage:
-        blocks = told.block_ids
+        memory, blocks = _after(memory, state), told.block_ids
         return Lineage(
             memory.parents.at[blocks].set(told.parents, mode="drop"),
             memory.parent_generations.at[blocks].set(_generations(state, told.parents), mode="drop"),
@@ -248,7 +249,7 @@ def priority() -> EvictionPolicy:
     """
 
     def registered(memory: jax.Array, state: pool.PoolState, told: Registered) -> jax.Array:
-        return memory.at[told.block_ids].set(told.priorities.astype(jnp.uint32), mode="drop")
+        return _after(memory, state).at[told.block_ids].set(told.priorities.astype(jnp.uint32), mode="drop")
 
     return EvictionPolicy(
         init=lambda num_blocks: jnp.zeros((num_blocks,), jnp.uint32),
@@ -271,7 +272,7 @@ def tiny_lfu() -> EvictionPolicy:
 
     def seen(memory: sketch.FrequencySketch, state: pool.PoolState, blocks: jax.Array) -> sketch.FrequencySketch:
         keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
-        return sketch.add(memory, keys, blocks < state.num_blocks)
+        return sketch.add(_after(memory, state), keys, blocks < state.num_blocks)
 
     return EvictionPolicy(
         init=sketch.init,
@@ -339,7 +340,7 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
         )
 
     def registered(memory: Usage, state: pool.PoolState, told: Registered) -> Usage:
-        blocks = told.block_ids
+        memory, blocks = _after(memory, state), told.block_ids
         clock = memory.clock + 1
         return Usage(
             memory.uses.at[blocks].set(1, mode="drop"),
@@ -350,6 +351,7 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
         )
 
     def hit(memory: Usage, state: pool.PoolState, blocks: jax.Array) -> Usage:
+        memory = _after(memory, state)
         clock = memory.clock + 1
         return Usage(
             memory.uses.at[blocks].add(1, mode="drop"),
@@ -369,6 +371,11 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
         return selection.ordered(values)
 
     return EvictionPolicy(init, registered, hit, scores)
+
+
+def _after[T](memory: T, state: pool.PoolState) -> T:
+    """Orders the writes to a memory after the evictions that read it; XLA would copy the buffers that both touch."""
+    return fence((memory, state.ref_counts))[0]
 
 
 def _generations(state: pool.PoolState, blocks: jax.Array) -> jax.Array:

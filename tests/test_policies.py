@@ -168,7 +168,7 @@ def test_random_calls_match_the_oracle(name, num_blocks):
     d = PoolDriver(name, num_blocks)
     held = []  # with repeats
     evicted = 0
-    for step_number in range(200):
+    for step_number in range(150):
         move = rng.integers(7)
         resident = sorted(d.oracle.keys)
         unregistered = [b for b in set(held) if b not in d.oracle.keys]
@@ -280,7 +280,7 @@ class PolicyDriver(Driver):
 )
 def test_random_sequences_match_the_model(name, windows):
     hybrid = windows in HYBRID
-    seen = walk(PolicyDriver(windows, name), np.random.default_rng([7, hybrid]), 200, hybrid=hybrid)
+    seen = walk(PolicyDriver(windows, name), np.random.default_rng([7, hybrid]), 140, hybrid=hybrid)
     assert {("start", Status.OK), ("cached", True), ("extend", Status.OK)} <= seen
 
 
