@@ -6,6 +6,7 @@ Pure functions over immutable pytrees, which a server calls inside its own jitte
     sequences   block tables and lengths of running requests         sequences.start, extend, register, release
     grants      allocation inside a compiled loop                    grants.reserve, extend, commit
     resize      another size for a live pool                         resize.resize
+    policies    which cached block is evicted first                  policies.lineage, priority, tiny_lfu, scored
     cache       the tensors: store, load, gather, scatter, copy      cache.init, store_kv, load_kv
     attention   what a model's attention layer calls                 attend, decode_batch, step_batch
 
@@ -16,7 +17,7 @@ Importing this package needs jax and numpy only, starts no thread and initialise
 
 from typing import TYPE_CHECKING, Any
 
-from kvbm_jax import attention, cache, grants, invariants, kernels, layout, pool, resize, sequences
+from kvbm_jax import attention, cache, grants, invariants, kernels, layout, policies, pool, resize, sequences
 from kvbm_jax.attention import AttentionBatch, attend, decode_batch, paged_attention, step_batch
 from kvbm_jax.cache import KVCache, copy_blocks, gather_blocks, load_kv, scatter_blocks, store_kv
 from kvbm_jax.errors import KvbmError
@@ -42,6 +43,7 @@ __all__ = [
     "invariants",
     "kernels",
     "layout",
+    "policies",
     "pool",
     "resize",
     "sequences",

@@ -43,15 +43,18 @@ class ReserveResult(NamedTuple):
     evicted: pool.Evicted
 
 
-def reserve(state: pool.PoolState, count: jax.Array, *, max_blocks: int) -> tuple[pool.PoolState, ReserveResult]:
+def reserve(
+    state: pool.PoolState, count: jax.Array, *, max_blocks: int, scores: pool.Scores | None = None
+) -> tuple[pool.PoolState, ReserveResult]:
     """Sets `count` blocks aside, all or none.
 
     Args:
       state: the pool.
       count: i32[].
       max_blocks: static bound K of the count.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
     """
-    state, result = pool.allocate(state, count[None], max_blocks=max_blocks)
+    state, result = pool.allocate(state, count[None], max_blocks=max_blocks, scores=scores)
     granted = jnp.where(result.status[0] == Status.OK, count, 0).astype(jnp.int32)
     grant = Grant(result.block_ids[0], jnp.int32(0), granted, jnp.int32(0))
     return state, ReserveResult(grant, result.status[0], result.evicted)

@@ -22,9 +22,22 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax import selection
 from kvbm_jax.ordering import fence
 
-__all__ = ["LruQueue", "compact", "init", "last_occurrence", "move", "pop", "push", "remove", "room"]
+__all__ = [
+    "LruQueue",
+    "compact",
+    "init",
+    "last_occurrence",
+    "move",
+    "order",
+    "pop",
+    "pop_lowest",
+    "push",
+    "remove",
+    "room",
+]
 
 _WORD: Final = 32
 _GROUP: Final = 1024
@@ -234,6 +247,32 @@ def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue,
         ),
         blocks,
     )
+
+
+def pop_lowest(
+    queue: LruQueue, queued: jax.Array, scores: jax.Array, count: jax.Array, *, max_count: int
+) -> tuple[LruQueue, jax.Array]:
+    """Takes the `count` blocks of the lowest scores, among equals the least recently released.
+
+    Costs 32 (W + 1) passes over the blocks, and a sort of what is taken.
+
+    Args:
+      queue: the queue; `count` must not exceed its size.
+      queued: bool[N], the blocks that are in it.
+      scores: u32[W, N], words of each block's score, the most significant first.
+      count: i32[].
+      max_count: static bound of `count`.
+
+    Returns:
+      The queue, and i32[max_count] blocks, the lowest first, padded with N.
+    """
+    blocks = selection.lowest([*scores, order(queue)], queued, count, max_count=max_count)
+    return remove(queue, blocks, blocks < queue.positions.shape[0]), blocks
+
+
+def order(queue: LruQueue) -> jax.Array:
+    """Returns where each queued block stands, u32[N]: less was released earlier; other blocks have any value."""
+    return queue.positions - queue.head
 
 
 def compact(queue: LruQueue) -> LruQueue:

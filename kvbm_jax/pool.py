@@ -21,11 +21,13 @@ a verb depends on the sizes of its arguments, not on `num_blocks`, except where 
 `cond` of its own or a host callback.
 
 Order of eviction (the same as vLLM's): reset blocks are granted before any registered one is evicted; among inactive
-blocks the least recently released goes first; of one sequence the last block is released first.
+blocks the least recently released goes first; of one sequence the last block is released first. Verbs that may evict
+take `scores`, by which another order is asked for: see `Scores`, and `kvbm_jax.policies`.
 
 Axes: N blocks, B rows (requests), M blocks of a row, F = B * M.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -47,6 +49,7 @@ __all__ = [
     "PoolState",
     "PoolStats",
     "RegisterResult",
+    "Scores",
     "acquire",
     "allocate",
     "check_generations",
@@ -56,6 +59,7 @@ __all__ = [
     "enter",
     "evict",
     "init",
+    "is_inactive",
     "is_shared",
     "keys_of",
     "match",
@@ -85,6 +89,12 @@ class PoolState:
     def num_blocks(self) -> int:
         """Static number of blocks."""
         return self.ref_counts.shape[0]
+
+
+type Scores = Callable[[PoolState], jax.Array]
+"""Scores blocks at the moment of an eviction: from the pool, u32[N], or u32[W, N] words, the most significant first.
+Inactive blocks of the lowest scores are evicted first, equal ones least recently released first. What an eviction costs
+then grows with N: 32 passes over the blocks for each word, and 32 for ties."""
 
 
 class Evicted(NamedTuple):
@@ -230,22 +240,25 @@ def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Arra
     return _seal(_hold(state, flat, granted), status)
 
 
-def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[PoolState, AllocateResult]:
+def allocate(
+    state: PoolState, counts: jax.Array, *, max_blocks: int, scores: Scores | None = None
+) -> tuple[PoolState, AllocateResult]:
     """Grants blocks to rows in order until the first row that does not fit; that row and all later ones get none.
 
     Args:
       state: the pool.
       counts: i32[B], blocks wanted by each row.
       max_blocks: static M, the most that a row may want.
+      scores: which inactive blocks go first; None: the least recently released, at a cost that does not grow with N.
 
     Returns:
-      The pool and the granted blocks, held once each. Reset blocks are granted first, then inactive ones in queue
-      order, which are reported as evicted.
+      The pool and the granted blocks, held once each. Reset blocks are granted first, then inactive ones in the order
+      of their eviction, in which they are reported.
     """
     _check_ids("counts", counts, "[B]")
     valid = (counts >= 0) & (counts <= max_blocks)
     counts = jnp.where(valid, counts, 0)
-    state, drawn = draw(state, counts, max_count=counts.shape[0] * max_blocks)
+    state, drawn = draw(state, counts, max_count=counts.shape[0] * max_blocks, scores=scores)
     column = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
     blocks = drawn.block_ids.at[drawn.first[:, None] + column].get(mode="fill", fill_value=state.num_blocks)
     blocks = jnp.where(drawn.granted[:, None] & (column < counts[:, None]), blocks, state.num_blocks)
@@ -254,13 +267,16 @@ def allocate(state: PoolState, counts: jax.Array, *, max_blocks: int) -> tuple[P
     return state, AllocateResult(blocks, status, drawn.evicted)
 
 
-def draw(state: PoolState, counts: jax.Array, *, max_count: int) -> tuple[PoolState, DrawResult]:
+def draw(
+    state: PoolState, counts: jax.Array, *, max_count: int, scores: Scores | None = None
+) -> tuple[PoolState, DrawResult]:
     """Grants blocks like `allocate`, as one list: for rows whose maxima differ.
 
     Args:
       state: the pool.
       counts: i32[B], blocks wanted by each row.
       max_count: static F, the most that all rows together may want.
+      scores: as in `allocate`.
 
     Returns:
       The pool and the blocks, held once each.
@@ -271,7 +287,7 @@ def draw(state: PoolState, counts: jax.Array, *, max_count: int) -> tuple[PoolSt
     total = jnp.max(jnp.where(granted, ends, 0), initial=0)
     from_reset = jnp.minimum(total, state.num_reset)
 
-    state, evicted = _evict(state, total - from_reset, max_count=max_count)
+    state, evicted = _evict(state, total - from_reset, max_count=max_count, scores=scores)
     nth = jnp.arange(max_count, dtype=jnp.int32)
     stacked = state.reset_stack.at[state.num_reset - 1 - nth].get(mode="clip")
     taken = evicted.block_ids.at[nth - from_reset].get(mode="clip")
@@ -442,16 +458,19 @@ def release_room(state: PoolState) -> jax.Array:
     return lru.room(state.inactive)
 
 
-def evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
-    """Resets the `count` least recently released inactive blocks, or all if there are fewer.
+def evict(
+    state: PoolState, count: jax.Array, *, max_count: int, scores: Scores | None = None
+) -> tuple[PoolState, Evicted]:
+    """Resets the `count` inactive blocks that go first, or all if there are fewer.
 
     Args:
       state: the pool.
       count: i32[].
       max_count: static bound of `count`.
+      scores: as in `allocate`.
     """
     wanted = jnp.clip(count, 0, jnp.minimum(max_count, state.inactive.size)).astype(jnp.int32)
-    state, evicted = _evict(state, wanted, max_count=max_count)
+    state, evicted = _evict(state, wanted, max_count=max_count, scores=scores)
     return _seal(_push_reset(state, evicted.block_ids, evicted.block_ids < state.num_blocks), evicted)
 
 
@@ -512,9 +531,18 @@ def _seal[T](state: PoolState, result: T) -> tuple[PoolState, T]:
     return fence((state, result))
 
 
-def _evict(state: PoolState, count: jax.Array, *, max_count: int) -> tuple[PoolState, Evicted]:
+def is_inactive(state: PoolState) -> jax.Array:
+    """Tells which blocks may be evicted, bool[N]. Costs work in proportion to N."""
+    return (state.ref_counts == 0) & block_index.is_registered(state.index, jnp.arange(state.num_blocks))
+
+
+def _evict(state: PoolState, count: jax.Array, *, max_count: int, scores: Scores | None) -> tuple[PoolState, Evicted]:
     """Takes inactive blocks out of queue and index; the caller gives them a new place."""
-    inactive, blocks = lru.pop(state.inactive, count, max_count=max_count)
+    if scores is None:
+        inactive, blocks = lru.pop(state.inactive, count, max_count=max_count)
+    else:
+        words = _words(scores(state), state.num_blocks)
+        inactive, blocks = lru.pop_lowest(state.inactive, is_inactive(state), words, count, max_count=max_count)
     blocks = fence(blocks)
     keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
     evicted = Evicted(blocks, keys[:, :4], keys[:, 4], count)
@@ -573,6 +601,16 @@ def _asked(hashes: jax.Array, counts: jax.Array) -> jax.Array:
     if counts.shape != hashes.shape[:1]:
         raise LayoutError(f"counts are {list(counts.shape)} for hashes [B, M, 4] = {list(hashes.shape)}; give B counts")
     return jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, :] < counts[:, None]
+
+
+def _words(scores: jax.Array, num_blocks: int) -> jax.Array:
+    """Scores as u32[W, N]."""
+    words = scores if scores.ndim == 2 else scores[None]
+    if words.dtype != jnp.uint32 or words.ndim != 2 or words.shape[1] != num_blocks:
+        raise LayoutError(
+            f"scores are {scores.dtype}{list(scores.shape)}; expected uint32[{num_blocks}] or uint32[W, {num_blocks}]"
+        )
+    return words
 
 
 def _check_hashes(hashes: jax.Array) -> None:

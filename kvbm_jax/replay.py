@@ -4,6 +4,9 @@ Requests run one after the other, each finished before the next starts: match th
 allocate the rest, register, release. Bookkeeping only; no bytes move. Runs of requests go through one compiled loop,
 padded to one of a few widths. Tiers below the device are victim tiers, which never change what the device does: they
 are played afterwards, from the hits and evictions that the loop reports.
+
+An eviction policy sees each request as one call of `hit` after the allocation and one of `registered`. A trace carries
+no priorities: the nearer a block is to the beginning of its prompt, the higher the one it gets.
 """
 
 import dataclasses
@@ -12,20 +15,20 @@ import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvbm_jax import pool, traces
+from kvbm_jax import policies, pool, traces
 from kvbm_jax.block_pool import cpu_device
 from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
 from kvbm_jax.protocols import Tier
 from kvbm_jax.types import Status
 
-__all__ = ["ReplayResult", "replay", "replay_requests"]
+__all__ = ["ComparedReplay", "ReplayResult", "compare", "replay", "replay_requests"]
 
 _REQUESTS_PER_CALL = 64
 _MIN_WIDTH = 32
@@ -61,6 +64,19 @@ class ReplayResult:
 
 
 @dataclasses.dataclass(frozen=True)
+class ComparedReplay:
+    """One replay of a comparison."""
+
+    policy: str
+    num_blocks: int
+    result: ReplayResult
+
+    def as_dict(self) -> dict[str, object]:
+        """The replay as one JSON object."""
+        return {"policy": self.policy, "num_blocks": self.num_blocks, **self.result.as_dict()}
+
+
+@dataclasses.dataclass(frozen=True)
 class _Batch:
     """Requests of one call."""
 
@@ -85,6 +101,7 @@ def replay(
     *,
     host_blocks: int = 0,
     disk_blocks: int = 0,
+    policy: str = "lru",
     limit: int | None = None,
     shared_ids: bool = False,
     progress: Progress = _silent,
@@ -96,14 +113,81 @@ def replay(
       num_blocks: blocks of the pool.
       host_blocks: blocks of tier G2, 0 for none.
       disk_blocks: blocks of tier G3, 0 for none.
+      policy: which blocks the pool evicts first, one of `policies.NAMES`.
       limit: stop after this many requests in all.
       shared_ids: whether equal ids in two files mean the same block.
       progress: is told how many requests have been replayed, and of how many.
 
     Raises:
-      ConfigError: if a size or `limit` is out of range.
+      ConfigError: if a size, `limit` or `policy` is out of range.
       TraceError: if a file cannot be read or a line is not a request.
     """
+    requests, files = _read(paths, limit, shared_ids)
+    return replay_requests(
+        requests,
+        num_blocks,
+        files=files,
+        host_blocks=host_blocks,
+        disk_blocks=disk_blocks,
+        policy=policies.named(policy),
+        progress=progress,
+    )
+
+
+def compare(
+    paths: Sequence[Path],
+    num_blocks: Sequence[int],
+    names: Sequence[str],
+    *,
+    host_blocks: int = 0,
+    disk_blocks: int = 0,
+    limit: int | None = None,
+    shared_ids: bool = False,
+    progress: Progress = _silent,
+) -> list[ComparedReplay]:
+    """Replays trace files once for every policy and size of the pool.
+
+    Args:
+      paths: the files.
+      num_blocks: sizes of the pool.
+      names: policies, of `policies.NAMES`.
+      host_blocks: blocks of tier G2, 0 for none.
+      disk_blocks: blocks of tier G3, 0 for none.
+      limit: stop after this many requests in all.
+      shared_ids: whether equal ids in two files mean the same block.
+      progress: is told how many requests have been replayed in all, and of how many.
+
+    Returns:
+      The replays, policy by policy.
+
+    Raises:
+      ConfigError: if a size, `limit` or a policy is out of range.
+      TraceError: if a file cannot be read or a line is not a request.
+    """
+    chosen = {name: policies.named(name) for name in names}
+    requests, files = _read(paths, limit, shared_ids)
+    cases = list(itertools.product(chosen, num_blocks))
+    rows = []
+    for number, (name, size) in enumerate(cases):
+
+        def told(done: int, total: int, before: int = number) -> None:
+            progress(before * total + done, len(cases) * total)
+
+        result = replay_requests(
+            requests,
+            size,
+            files=files,
+            host_blocks=host_blocks,
+            disk_blocks=disk_blocks,
+            policy=chosen[name],
+            progress=told,
+        )
+        rows.append(ComparedReplay(name, size, result))
+    return rows
+
+
+def _read(paths: Sequence[Path], limit: int | None, shared_ids: bool) -> tuple[list[np.ndarray], list[int]]:
+    """The requests of all files, and the number of each request's file."""
     if limit is not None and limit < 1:
         raise ConfigError(f"limit is {limit}; it must be at least 1")
     requests: list[np.ndarray] = []
@@ -112,9 +196,7 @@ def replay(
         left = None if limit is None else limit - len(requests)
         requests.extend(traces.read(path, limit=left))
         files += [0 if shared_ids else number] * (len(requests) - len(files))
-    return replay_requests(
-        requests, num_blocks, files=files, host_blocks=host_blocks, disk_blocks=disk_blocks, progress=progress
-    )
+    return requests, files
 
 
 def replay_requests(
@@ -124,6 +206,7 @@ def replay_requests(
     files: Sequence[int] | None = None,
     host_blocks: int = 0,
     disk_blocks: int = 0,
+    policy: policies.EvictionPolicy | None = None,
     progress: Progress = _silent,
 ) -> ReplayResult:
     """Replays requests given as arrays of prefix-chained ids, u64[blocks] each.
@@ -134,6 +217,7 @@ def replay_requests(
       files: a number for each request; ids are compared within equal numbers only. None: with all.
       host_blocks: blocks of tier G2, 0 for none.
       disk_blocks: blocks of tier G3, 0 for none.
+      policy: which blocks the pool evicts first; None: the least recently released. Each is compiled once.
       progress: is told how many requests have been replayed, and of how many.
 
     Raises:
@@ -149,17 +233,19 @@ def replay_requests(
         if host_blocks or disk_blocks
         else None
     )
+    chosen = policies.named("lru") if policy is None else policy
     totals = _Totals(dict.fromkeys((Tier.G1, Tier.G2, Tier.G3), 0))
     with jax.default_device(cpu_device()):
-        state = pool.init(num_blocks)
+        state, memory = pool.init(num_blocks), chosen.init(num_blocks)
         room = int(pool.release_room(state))
         # After a compaction the queue may hold all of the pool, so a batch must fit what is left then.
         numbered = zip(requests, itertools.repeat(0) if files is None else files, strict=files is not None)
         batches = list(_batches(numbered, num_blocks, room - num_blocks))
-        run = functools.partial(_run, with_evicted=tiers is not None)
+        run = functools.partial(_run, policy=chosen, with_evicted=tiers is not None)
         for width in sorted({batch.ids.shape[1] for batch in batches}):
             empty = _pad([], width)
-            jax.device_get(run(_compact(pool.init(num_blocks)), _split(empty), empty.counts, 0)[1])
+            warm = _compact(pool.init(num_blocks)), chosen.init(num_blocks)
+            jax.device_get(run(*warm, _split(empty), empty.counts, 0)[2])
 
         start = time.perf_counter()
         done = []
@@ -169,7 +255,7 @@ def replay_requests(
                 state = _compact(state)
                 room = int(pool.release_room(state))
             room -= pushes
-            state, report = run(state, _split(batch), batch.counts, batch.requests)
+            state, memory, report = run(state, memory, _split(batch), batch.counts, batch.requests)
             done.append((batch, report))
         replayed = 0
         for batch, report in done:
@@ -271,42 +357,63 @@ class _Report(NamedTuple):
     evicted: jax.Array  # u32[64, width, 3]: hashes in order of eviction, or u32[64, 0, 3] if nobody asks
 
 
-@functools.partial(jax.jit, donate_argnums=0, static_argnames="with_evicted")
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("policy", "with_evicted"))
 def _run(
-    state: pool.PoolState, hashes: jax.Array, counts: jax.Array, requests: jax.Array, *, with_evicted: bool
-) -> tuple[pool.PoolState, _Report]:
-    """Replays the first `requests` rows of hashes u32[64, width, 4]; donates the state."""
+    state: pool.PoolState,
+    memory: Any,
+    hashes: jax.Array,
+    counts: jax.Array,
+    requests: jax.Array,
+    *,
+    policy: policies.EvictionPolicy,
+    with_evicted: bool,
+) -> tuple[pool.PoolState, Any, _Report]:
+    """Replays the first `requests` rows of hashes u32[64, width, 4]; donates the state and the policy's memory."""
     rows, width = hashes.shape[:2]
     zeros = jnp.zeros((rows,), jnp.int32)
     report = _Report(zeros, zeros, zeros, jnp.zeros((rows, width if with_evicted else 0, 3), jnp.uint32))
 
-    def body(row: jax.Array, carry: tuple[pool.PoolState, _Report]) -> tuple[pool.PoolState, _Report]:
-        state, report = carry
-        state, hits, grant = _request(state, hashes[row], counts[row])
-        return state, _Report(
+    def body(row: jax.Array, carry: tuple[pool.PoolState, Any, _Report]) -> tuple[pool.PoolState, Any, _Report]:
+        state, memory, report = carry
+        state, memory, hits, grant = _request(state, memory, hashes[row], counts[row], policy)
+        report = _Report(
             report.hits.at[row].set(hits),
             report.evictions.at[row].set(grant.evicted.num_blocks),
             report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
             report.evicted.at[row].set(grant.evicted.hashes[:, :3]) if with_evicted else report.evicted,
         )
+        return state, memory, report
 
-    state, report = jax.lax.fori_loop(0, requests, body, (state, report))
-    return state, report
+    return jax.lax.fori_loop(0, requests, body, (state, memory, report))  # type: ignore[no-any-return]
 
 
 def _request(
-    state: pool.PoolState, hashes: jax.Array, count: jax.Array
-) -> tuple[pool.PoolState, jax.Array, pool.AllocateResult]:
-    """One request: hashes u32[width, 4], of which the first `count` are asked for. Returns hits i32[] and the grant."""
+    state: pool.PoolState, memory: Any, hashes: jax.Array, count: jax.Array, policy: policies.EvictionPolicy
+) -> tuple[pool.PoolState, Any, jax.Array, pool.AllocateResult]:
+    """One request: hashes u32[width, 4], of which the first `count` are asked for.
+
+    Returns:
+      The pool, the policy's memory, hits i32[] and the grant.
+    """
     width = hashes.shape[0]
+    none = jnp.int32(state.num_blocks)
     column = jnp.arange(width, dtype=jnp.int32)
     matched = pool.match(state, hashes[None], count[None])
     hits = matched.num_blocks[0]
     state, _ = pool.acquire(state, matched.block_ids)
-    state, grant = pool.allocate(state, (count - hits)[None], max_blocks=width)
+    scores = policies.bind(policy, memory)
+    state, grant = pool.allocate(state, (count - hits)[None], max_blocks=width, scores=scores)
+    memory = policy.hit(memory, state, matched.block_ids[0])
     fresh = grant.block_ids[0].at[column - hits].get(mode="clip")
     new = (grant.status[0] == Status.OK) & (column >= hits) & (column < count)
-    state, result = pool.register(state, jnp.where(new, fresh, state.num_blocks)[None], hashes[None])
+    state, result = pool.register(state, jnp.where(new, fresh, none)[None], hashes[None])
     held = jnp.where(column < hits, matched.block_ids[0], result.block_ids[0])
+    told = policies.Registered(
+        jnp.where(result.registered[0], held, none),
+        jnp.where(column > 0, jnp.roll(held, 1), none),
+        column,
+        ~column.astype(jnp.uint32),
+    )
+    memory = policy.registered(memory, state, told)
     state, _ = pool.release(state, held[None])
-    return state, hits, grant
+    return state, memory, hits, grant

@@ -157,6 +157,8 @@ def start(
     hashes: jax.Array,
     num_hashes: jax.Array,
     num_tokens: jax.Array,
+    *,
+    scores: pool.Scores | None = None,
 ) -> tuple[pool.PoolState, SequenceBatch, StartResult]:
     """Begins sequences: their longest cached prefix is held, the rest of their tokens gets fresh blocks.
 
@@ -171,6 +173,7 @@ def start(
       num_hashes: i32[R], how many of them may match; cap it at (num_tokens - 1) // T, so that the last token is
         computed.
       num_tokens: i32[R], tokens of each prompt; 0 for padding.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
       Pool, batch and result. A row that does not fit stays empty and holds nothing (OUT_OF_BLOCKS, as are all later
@@ -196,7 +199,7 @@ def start(
     state, _ = pool.acquire(state, prefix.reshape(count, -1))
 
     fresh = jnp.where(begun, needed - cached, 0)
-    state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width)
+    state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width, scores=scores)
     granted = begun & (grant.status == Status.OK)
     refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
     state, _ = pool.release(state, last_first(refused))
@@ -224,7 +227,12 @@ def start(
 
 
 def extend(
-    state: pool.PoolState, sequences: SequenceBatch, num_tokens: jax.Array, *, max_blocks: int = 1
+    state: pool.PoolState,
+    sequences: SequenceBatch,
+    num_tokens: jax.Array,
+    *,
+    max_blocks: int = 1,
+    scores: pool.Scores | None = None,
 ) -> tuple[pool.PoolState, SequenceBatch, ExtendResult]:
     """Makes room for the next tokens of each row, in row order.
 
@@ -233,6 +241,7 @@ def extend(
       sequences: the batch.
       num_tokens: i32[B], new tokens of each row.
       max_blocks: static bound of the new blocks of a row in one group.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
       Pool, batch and result; a row that gets no room keeps its length. A row whose tail is shared gets SHARED_TAIL.
@@ -247,7 +256,10 @@ def extend(
     fresh = jnp.where(wide & private, jnp.maximum(needed - sequences.num_blocks, 0), 0)
     fits = (fresh <= max_blocks) & (num_tokens >= 0)
     state, grant = pool.allocate(
-        state, jnp.where(fits, groups * fresh, groups * max_blocks + 1), max_blocks=groups * max_blocks
+        state,
+        jnp.where(fits, groups * fresh, groups * max_blocks + 1),
+        max_blocks=groups * max_blocks,
+        scores=scores,
     )
     blocks = jnp.arange(groups, dtype=jnp.int32)[None, :, None] * fresh[:, None, None]
     blocks = blocks + jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
@@ -385,7 +397,7 @@ def fork(
 
 
 def unshare(
-    state: pool.PoolState, sequences: SequenceBatch, mask: jax.Array
+    state: pool.PoolState, sequences: SequenceBatch, mask: jax.Array, *, scores: pool.Scores | None = None
 ) -> tuple[pool.PoolState, SequenceBatch, UnshareResult]:
     """Gives rows that are about to be written a tail of their own, where the next token's block is shared.
 
@@ -393,6 +405,7 @@ def unshare(
       state: the pool.
       sequences: the batch.
       mask: bool[B], rows that will be written.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
       Pool, batch, and the copies to make, `cache.copy_blocks(cache, sources, targets)`, before any other program
@@ -406,7 +419,7 @@ def unshare(
     needs = jnp.any(shared, axis=1)
     room = groups * jnp.sum(needs, dtype=jnp.int32) <= pool.release_room(state)
     needs = needs & room
-    state, grant = pool.allocate(state, jnp.where(needs, groups, 0), max_blocks=groups)
+    state, grant = pool.allocate(state, jnp.where(needs, groups, 0), max_blocks=groups, scores=scores)
     done = needs & (grant.status == Status.OK)
     sources = jnp.where(done[:, None], last, sequences.pool_blocks)
     targets = jnp.where(done[:, None], grant.block_ids, sequences.pool_blocks)

@@ -59,7 +59,12 @@ class StepResult(NamedTuple):
 
 
 def step(
-    state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, *, max_blocks: int = 1
+    state: pool.PoolState,
+    running: sequences.SequenceBatch,
+    plan: StepPlan,
+    *,
+    max_blocks: int = 1,
+    scores: pool.Scores | None = None,
 ) -> tuple[pool.PoolState, sequences.SequenceBatch, StepResult]:
     """Carries out a plan.
 
@@ -74,6 +79,7 @@ def step(
       running: the batch.
       plan: what to do.
       max_blocks: static bound of the new blocks of a growing row in one group, and of those that its window gives back.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
       Pool, batch and result. A row that gets no blocks stays as it was, a new one empty. After QUEUE_FULL, `compact`
@@ -118,6 +124,7 @@ def step(
         state,
         groups * jnp.concatenate([fresh, more]),
         max_count=groups * (len(fresh) * width + len(more) * max_blocks),
+        scores=scores,
     )
     split = len(fresh)
     granted = begun & drawn.granted[:split]

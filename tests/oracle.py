@@ -1,7 +1,10 @@
 """The pool in plain Python, as simple as can be: what `kvbm_jax.pool` must do, one row after the other."""
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+
+from policy_oracles import LruOracle, PolicyOracle
 
 from kvbm_jax.types import Status
 
@@ -11,6 +14,7 @@ Key = tuple[int, ...]
 @dataclass
 class OraclePool:
     num_blocks: int
+    policy: PolicyOracle = field(default_factory=LruOracle)
     reset: list[int] = field(init=False)
     refs: list[int] = field(init=False)
     keys: dict[int, Key] = field(default_factory=dict)  # block -> key
@@ -45,6 +49,7 @@ class OraclePool:
 
     def allocate(self, counts: list[int]) -> tuple[list[list[int]], list[Status], list[tuple[int, Key]]]:
         granted, statuses, evicted, full = [], [], [], False
+        order = iter(self.policy.order(self))
         for count in counts:
             full = full or count > len(self.reset) + len(self.inactive)
             if full:
@@ -56,7 +61,7 @@ class OraclePool:
                 if self.reset:
                     block = self.reset.pop()
                 else:
-                    block, key = self._evict()
+                    block, key = self._evict(order)
                     evicted.append((block, key))
                 self.refs[block] = 1
                 row.append(block)
@@ -119,7 +124,8 @@ class OraclePool:
         return statuses
 
     def evict(self, count: int) -> list[tuple[int, Key]]:
-        evicted = [self._evict() for _ in range(min(count, len(self.inactive)))]
+        order = iter(self.policy.order(self))
+        evicted = [self._evict(order) for _ in range(min(count, len(self.inactive)))]
         self.reset.extend(block for block, _ in evicted)
         return evicted
 
@@ -159,9 +165,12 @@ class OraclePool:
             self.inactive[block] = None
         else:
             self.reset.append(block)
+            self.policy.gone(block)
 
-    def _evict(self) -> tuple[int, Key]:
-        block, _ = self.inactive.popitem(last=False)
+    def _evict(self, order: Iterator[int]) -> tuple[int, Key]:
+        block = next(order)
+        del self.inactive[block]
+        self.policy.gone(block)
         key = self.keys.pop(block)
         del self.blocks[key]
         return block, key

@@ -78,6 +78,43 @@ def test_replay_for_people(capsys, trace):
     assert "hit rate        16.7%\n" in out
 
 
+def test_replay_by_a_policy(capsys, trace):
+    _, found = call_json(capsys, "replay", str(trace), "--num-blocks", "8", "--policy", "priority")
+    assert list(found)[:3] == ["requests", "block_refs", "hits"]
+    assert found["hits"]["g1"] == 5
+
+
+def test_replay_compares_policies_over_sizes(capsys, trace, tmp_path):
+    picture = tmp_path / "hits.svg"
+    arguments = ("replay", str(trace), "--num-blocks", "3,8", "--compare", "lru,tiny_lfu,lru", "--plot", str(picture))
+    status, found = call_json(capsys, *arguments)
+    assert status == 0
+    assert list(found) == ["rows"]
+    cases = [(row["policy"], row["num_blocks"]) for row in found["rows"]]
+    assert cases == [("lru", 3), ("lru", 8), ("tiny_lfu", 3), ("tiny_lfu", 8)]
+    _, single = call_json(capsys, "replay", str(trace), "--num-blocks", "3")
+    for key in ("requests", "block_refs", "hits", "hit_rate", "evictions", "rejected"):
+        assert found["rows"][0][key] == single[key]
+    assert picture.read_text().startswith("<?xml")
+    status, out, _ = call(capsys, *arguments[:-2])
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[0].split() == ["policy", "blocks", "hits", "g1", "hit", "rate", "evictions", "rejected", "us/request"]
+    assert [line.split()[:3] for line in lines[1::3]] == [["lru", "3", "4"], ["tiny_lfu", "8", "5"]]
+
+
+def test_what_cannot_be_drawn_is_told_before_the_replay(capsys, monkeypatch, tmp_path):
+    arguments = ("replay", str(tmp_path / "absent.jsonl"), "--num-blocks", "8", "--compare", "lru", "--plot")
+    for name, reason in (("hits.nonsense", "its name must end in one of"), ("no/hits.png", "there is no folder")):
+        status, out, err = call(capsys, *arguments, str(tmp_path / name))
+        assert (status, out) == (1, "")
+        assert reason in err
+    monkeypatch.setitem(sys.modules, "matplotlib.backend_bases", None)
+    status, out, err = call(capsys, *arguments, str(tmp_path / "hits.png"))
+    assert (status, out) == (1, "")
+    assert "kvbm-jax[plot]" in err
+
+
 def test_a_trace_that_cannot_be_read_is_one_line_and_status_1(capsys, tmp_path):
     broken = tmp_path / "broken.jsonl"
     broken.write_text("{}\n")
@@ -99,6 +136,12 @@ def test_a_trace_that_cannot_be_read_is_one_line_and_status_1(capsys, tmp_path):
         (("replay", "t", "--num-blocks", "0"), "'0' is no integer >= 1"),
         (("replay", "t", "--num-blocks", "1e3"), "'1e3' is no integer >= 1"),
         (("replay", "t", "--num-blocks", "3", "--limit", "-1"), "--limit"),
+        (("replay", "t", "--num-blocks", "3,4"), "several sizes are for --compare"),
+        (("replay", "t", "--num-blocks", "3,", "--compare", "lru"), "'' is no integer >= 1"),
+        (("replay", "t", "--num-blocks", "3", "--policy", "fifo"), "'fifo' is no policy; choose from lru, lineage"),
+        (("replay", "t", "--num-blocks", "3", "--compare", "lru,fifo"), "'fifo' is no policy"),
+        (("replay", "t", "--num-blocks", "3", "--compare", "lru", "--policy", "lru"), "not allowed with"),
+        (("replay", "t", "--num-blocks", "3", "--plot", "f.png"), "give --compare too"),
         (("config", "--schema", "--file", "f"), "not allowed with"),
         (("doctor", "extra"), "unrecognized arguments: extra"),
     ],

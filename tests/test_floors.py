@@ -31,6 +31,8 @@ FLOORS = {
         "grants",
         "resize",
         "policies",
+        "selection",
+        "sketch",
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step"],
@@ -59,7 +61,7 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "concurrent", "io", "logging", "os", "pathlib", "socket", "threading", "time"}
-OPTIONAL = {"flax", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
+OPTIONAL = {"flax", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

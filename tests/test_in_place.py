@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvbm_jax import attention, grants, invariants, pool, sequences, step
+from kvbm_jax import attention, grants, invariants, policies, pool, sequences, step
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
@@ -122,6 +122,25 @@ def fresh(tree):
 def test_verbs_of_the_pool_work_in_place(name):
     verb, *args = POOL[name]
     check(verb, fresh(used_pool()), *args)
+
+
+@pytest.mark.parametrize("name", policies.NAMES)
+def test_pool_and_memory_of_a_policy_stay_where_they_are(name):
+    policy = policies.named(name)
+
+    def verb(carry):
+        state, memory = carry
+        state, evicted = pool.evict(state, jnp.int32(7), max_count=64, scores=policies.bind(policy, memory))
+        blocks = ids().reshape(-1)
+        told = policies.Registered(blocks, blocks, blocks, blocks.astype(jnp.uint32))
+        return (state, policy.hit(policy.registered(memory, state, told), state, blocks)), evicted
+
+    carry = (fresh(used_pool()), policy.init(N))
+    compiled = jax.jit(verb, donate_argnums=0).lower(carry).compile()
+    copies = [line for line in big_copies(compiled.as_text(), N) if " copy(%carry" in line]
+    assert copies == []
+    before = pointers(carry, N)
+    assert pointers(compiled(carry)[0], N) == before
 
 
 @pytest.mark.parametrize("name", READS)

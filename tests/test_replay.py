@@ -7,44 +7,67 @@ from pathlib import Path
 import numpy as np
 import pytest
 from oracle import OraclePool
+from policy_oracles import LineageOracle, LruOracle, PriorityOracle, ScoredOracle, TinyLfuOracle
 from synthetic import conversations, write
 
-from kvbm_jax import traces
+from kvbm_jax import policies, traces
 from kvbm_jax.errors import ConfigError, TraceError
-from kvbm_jax.replay import replay, replay_requests
+from kvbm_jax.replay import compare, replay, replay_requests
 from kvbm_jax.types import Status
 
 TRACES = Path(os.environ.get("KVBM_TRACES") or Path(__file__).parents[1] / ".." / "shared" / "traces")
 CONVERSATION = TRACES / "mooncake_conversation.jsonl"
 
 
+SCORED = policies.scored(lambda block: block.uses / (1 + block.age))
+TWINS = {
+    "lru": lambda n: LruOracle(),
+    "lineage": lambda n: LineageOracle(),
+    "priority": lambda n: PriorityOracle(),
+    "tiny_lfu": TinyLfuOracle,
+    "scored": lambda n: ScoredOracle(lambda uses, age, depth, priority: float(np.float32(uses) / np.float32(1 + age))),
+}
+
+
+def policy_of(name):
+    return SCORED if name == "scored" else policies.named(name)
+
+
 def as_arrays(requests):
     return [np.array(ids, np.uint64) for ids in requests]
 
 
-def expected(requests, num_blocks):
+def expected(requests, num_blocks, policy="lru"):
     """Hits, evictions and rejected requests, by the rule in the traces' README."""
-    pool = OraclePool(num_blocks)
+    twin = TWINS[policy](num_blocks)
+    pool = OraclePool(num_blocks, twin)
     hits = evictions = rejected = 0
     for ids in requests:
-        keys = [(number,) for number in ids]
+        keys = [(i % 2**32, i >> 32) if isinstance(i, int) else i for i in ids]  # its words, as the replay's hashes
         held = pool.match(keys)
         pool.acquire([held])
         hits += len(held)
         granted, (status,), evicted = pool.allocate([len(ids) - len(held)])
         evictions += len(evicted)
+        twin.hit(pool, held)
+        told = []
         if status == Status.OK:
             named = list(zip(granted[0], keys[len(held) :], strict=True))
-            held = held + [block for block, _, _ in pool.register([named])[0]]
+            entries = pool.register([named])[0]
+            first, held = len(held), held + [block for block, _, _ in entries]
+            for place, (block, new, _) in enumerate(entries, start=first):
+                if new:
+                    told.append((block, held[place - 1] if place else None, place, 2**32 - 1 - place))
         else:
             rejected += 1
+        twin.registered(pool, told)
         pool.release([held])
     return hits, evictions, rejected
 
 
-def check(requests, num_blocks):
-    result = replay_requests(as_arrays(requests), num_blocks)
-    assert (result.hits["g1"], result.evictions, result.rejected) == expected(requests, num_blocks)
+def check(requests, num_blocks, policy="lru"):
+    result = replay_requests(as_arrays(requests), num_blocks, policy=policy_of(policy))
+    assert (result.hits["g1"], result.evictions, result.rejected) == expected(requests, num_blocks, policy)
     assert (result.requests, result.block_refs) == (len(requests), sum(map(len, requests)))
     assert result.hit_rate == pytest.approx(result.hits["g1"] / max(result.block_refs, 1))
     return result
@@ -58,6 +81,33 @@ def test_synthetic_conversations(seed, num_blocks):
     assert result.hits["g1"] > 0
     assert (result.evictions > 0) == (num_blocks < 1000)
     assert (result.rejected > 0) == (num_blocks == 9)
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("policy", [name for name in TWINS if name != "lru"])
+def test_synthetic_conversations_by_every_policy(policy):
+    result = check(conversations(0, requests=300, longest=26), 60, policy)
+    assert result.evictions > 0
+
+
+@pytest.mark.core
+def test_a_comparison_is_of_single_replays(tmp_path):
+    requests = conversations(6, requests=100, longest=26, id_bits=32)
+    files = [write(tmp_path / "a.jsonl", requests[:60]), write(tmp_path / "b.jsonl", requests[60:])]
+    told = []
+    options = {"host_blocks": 20, "limit": 90, "shared_ids": True}
+    rows = compare(files, [9, 60], ["lru", "priority"], progress=lambda *done: told.append(done), **options)
+    assert [(row.policy, row.num_blocks) for row in rows] == [
+        ("lru", 9), ("lru", 60), ("priority", 9), ("priority", 60)
+    ]  # fmt: skip
+    for row in rows:
+        single = replay(files, row.num_blocks, policy=row.policy, **options)
+        for part in ("requests", "block_refs", "hits", "hit_rate", "evictions", "rejected"):
+            assert getattr(row.result, part) == getattr(single, part)
+    assert told[-1] == (360, 360)
+    assert told == sorted(told)
+    with pytest.raises(ConfigError, match="no eviction policy 'fifo'; choose from lru, lineage"):
+        compare(files, [9], ["lru", "fifo"])
 
 
 @pytest.mark.core
@@ -210,3 +260,17 @@ def test_the_conversation_trace(num_blocks, hits, evictions):
     result = replay([CONVERSATION], num_blocks)
     assert (result.requests, result.rejected) == (12_031, 0)
     assert (result.hits, result.evictions) == ({"g1": hits, "g2": 0, "g3": 0}, evictions)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1800)
+@pytest.mark.skipif(not CONVERSATION.exists(), reason=f"no conversation trace in {TRACES}; set KVBM_TRACES")
+@pytest.mark.parametrize("policy", TWINS)
+@pytest.mark.parametrize("num_blocks", [1_000, 4_000, 10_000, 50_000])
+def test_the_conversation_trace_by_every_policy(policy, num_blocks):
+    requests = [ids.tolist() for ids in traces.read(CONVERSATION)]
+    result = check(requests, num_blocks, policy)
+    hits = {1_000: 12_847, 4_000: 24_964, 10_000: 61_046, 50_000: 102_290}[num_blocks]
+    # Every sequence is released whole, tails first, so that the least recently released block is always a leaf.
+    if policy in ("lru", "lineage"):
+        assert result.hits["g1"] == hits

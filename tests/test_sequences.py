@@ -383,14 +383,10 @@ def queue_order(state):
     return queue.ring[entry[live == 1]].tolist()
 
 
-@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
-@pytest.mark.parametrize("seed", range(2))
-def test_random_steps_match_the_model(windows, seed):
-    rng = np.random.default_rng([len(windows), seed])
-    d = Driver(windows)
-    hybrid = windows in HYBRID
+def walk(d, rng, steps, *, hybrid=False):
+    """Drives batch, pool and model by random steps; returns what was seen."""
     contents, registered, seen = {}, dict.fromkeys(range(B), 0), set()
-    for _ in range(240):
+    for _ in range(steps):
         running = [b for b in range(B) if d.model.tables[0][b]]
         empty = [b for b in range(B) if b not in running]
         move = rng.integers(8 if hybrid else 7)
@@ -442,6 +438,14 @@ def test_random_steps_match_the_model(windows, seed):
                 told = [int(rng.integers(-1, length + 2)) for length in d.model.lengths]
             before = int(pool.stats(d.pool).held)
             seen |= {("slide", s) for s in d.slide(told)} | {("freed", int(pool.stats(d.pool).held) < before)}
+    return seen
+
+
+@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
+@pytest.mark.parametrize("seed", range(2))
+def test_random_steps_match_the_model(windows, seed):
+    hybrid = windows in HYBRID
+    seen = walk(Driver(windows), np.random.default_rng([len(windows), seed]), 240, hybrid=hybrid)
     if hybrid:
         assert {("slide", OK), ("slide", Status.INVALID_COUNT), ("freed", True)} <= seen
         assert ("trim", Status.WINDOW_PASSED) in seen

@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["at_least", "folder"]
+__all__ = ["at_least", "folder", "listed"]
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -14,6 +14,15 @@ def at_least(low: int) -> Callable[[str], int]:
         if not text.isascii() or not text.isdecimal() or int(text) < low:
             raise argparse.ArgumentTypeError(f"{text!r} is no integer >= {low}")
         return int(text)
+
+    return parse
+
+
+def listed[T](item: Callable[[str], T]) -> Callable[[str], list[T]]:
+    """Returns a parser of items between commas; one that is named twice counts once."""
+
+    def parse(text: str) -> list[T]:
+        return list(dict.fromkeys(item(part) for part in text.split(",")))
 
     return parse
 
