@@ -1,6 +1,7 @@
 """What holds for every test: CPU unless a GPU run is asked for, strict rank promotion, no deadlines."""
 
 import os
+from collections.abc import Iterator
 
 import hypothesis
 import pytest
@@ -45,6 +46,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not has_gpu():
         pytest.skip("needs an NVIDIA GPU, and jax finds none")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_are_forgotten() -> Iterator[None]:
+    """Lets the programs of a module go: Linux bounds the mappings of a process, and each program takes several."""
+    yield
+    import jax
+
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
