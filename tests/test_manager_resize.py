@@ -13,7 +13,7 @@ from kvbm_jax.errors import BlockStateError, ConfigError, LayoutError, OutOfBloc
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.protocols import Tier
 
-pytestmark = pytest.mark.core
+pytestmark = [pytest.mark.core, pytest.mark.long, pytest.mark.timeout(900)]
 
 
 def prompt(first, length):

@@ -1,6 +1,7 @@
 """`kvbm-jax bench`: how fast parts of the library are here, each beside a baseline of the same run."""
 
 import argparse
+import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Concatenate
 
@@ -70,6 +71,8 @@ def _offload(args: argparse.Namespace) -> Report:
 
 
 def _pool(args: argparse.Namespace) -> Report:
+    # XLA shares each gather from more than half a MiB out among its CPU threads, which takes longer than the gather.
+    os.environ.setdefault("NPROC", "1")
     from kvbm_jax.bench.pool import measure  # noqa: PLC0415
 
     rows = _timed(args.repeats, measure, args.blocks)
