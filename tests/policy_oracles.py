@@ -4,9 +4,7 @@ A policy is asked for the order in which the inactive blocks of an `OraclePool` 
 registrations, hits, and blocks that are reset.
 """
 
-import heapq
 import math
-import struct
 from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
@@ -31,16 +29,22 @@ class PolicyOracle:
 LruOracle = PolicyOracle
 
 
+def in_order(pool, *words: np.ndarray) -> Iterator[int]:
+    """Inactive blocks by arrays [N], the first the most significant; equals stay in queue order (a stable sort)."""
+    blocks = np.fromiter(pool.inactive, np.int64)
+    yield from blocks[np.lexsort([word[blocks] for word in reversed(words)])].tolist()
+
+
 class PriorityOracle(PolicyOracle):
-    def __init__(self) -> None:
-        self.priorities: dict[int, int] = {}
+    def __init__(self, num_blocks: int) -> None:
+        self.priorities = np.zeros(num_blocks, np.uint32)
 
     def registered(self, pool, told):
         for block, _, _, priority in told:
             self.priorities[block] = priority
 
     def order(self, pool):
-        return sorted(pool.inactive, key=self.priorities.__getitem__)  # stable: equals stay in queue order
+        return in_order(pool, self.priorities)
 
 
 class LineageOracle(PolicyOracle):
@@ -66,25 +70,20 @@ class LineageOracle(PolicyOracle):
     def order(self, pool) -> Iterator[int]:
         """Takes the least recently released leaf, over and over; what held blocks descend from goes last."""
         protected: set[int] = set()
-        for block in self.parents:
-            if pool.refs[block] > 0:
-                while (block := self.parents.get(block)) is not None and block not in protected:
-                    protected.add(block)
-        left = [block for block in pool.inactive if block not in protected]
-        released = {block: number for number, block in enumerate(pool.inactive)}
-        parents = dict(self.parents)
-        waiting = {block: len(children) for block, children in self.children.items()}
-        leaves = [(released[block], block) for block in left if not waiting.get(block)]
-        heapq.heapify(leaves)
-        while leaves:
-            _, block = heapq.heappop(leaves)
-            parent = parents.get(block)
-            if parent is not None:
-                waiting[parent] -= 1
-                if not waiting[parent] and parent in released and parent not in protected:
-                    heapq.heappush(leaves, (released[parent], parent))
-            yield block
-        yield from sorted((b for b in released if b in protected), key=lambda b: -self.depths[b])
+        for block, holders in enumerate(pool.refs):
+            while holders and (block := self.parents.get(block)) is not None and block not in protected:
+                protected.add(block)
+        inactive = list(pool.inactive)
+        passed = set()  # that were no leaves when their turn came: older than any that is still to come
+        for block in inactive:
+            leaf = None if block in protected else block
+            while leaf is not None and not self.children.get(leaf):
+                parent = self.parents.get(leaf)
+                yield leaf  # the pool evicts it, and tells
+                leaf = parent if parent in passed else None
+            if leaf is not None:
+                passed.add(leaf)
+        yield from sorted((b for b in inactive if b in protected), key=lambda b: -self.depths[b])
 
 
 class TinyLfuOracle(PolicyOracle):
@@ -106,12 +105,7 @@ class TinyLfuOracle(PolicyOracle):
         self._count(blocks)
 
     def order(self, pool):
-        blocks = np.fromiter(pool.inactive, np.int64)
-        least = self.estimates(self.columns[blocks])
-        return blocks[np.argsort(least, kind="stable")].tolist()
-
-    def estimates(self, columns: np.ndarray) -> np.ndarray:
-        return self.counters[np.arange(4), columns].min(axis=-1)
+        return in_order(pool, self.counters[np.arange(4), self.columns].min(axis=-1))
 
     def _count(self, blocks: list[int]) -> None:
         for block in blocks:
@@ -137,28 +131,25 @@ def _mix(key, seed: int) -> int:
 
 
 class ScoredOracle(PolicyOracle):
-    """`score(uses, age, depth, priority)` on Python numbers, rounded to float32."""
+    """`score(uses, age, depth, priority)` on float32 arrays [N]; a NaN is below everything else."""
 
-    def __init__(self, score: Callable[[float, float, float, float], float]) -> None:
+    def __init__(self, num_blocks: int, score: Callable[..., np.ndarray]) -> None:
         self.score = score
-        self.blocks: dict[int, list[int]] = {}  # uses, last use, depth, priority
+        self.uses, self.last_use, self.depths, self.priorities = np.zeros((4, num_blocks), np.float32)
         self.clock = 0
 
     def registered(self, pool, told):
         self.clock += 1
         for block, _, depth, priority in told:
-            self.blocks[block] = [1, self.clock, depth, priority]
+            self.uses[block], self.last_use[block] = 1, self.clock
+            self.depths[block], self.priorities[block] = depth, priority
 
     def hit(self, pool, blocks):
         self.clock += 1
         for block in blocks:
-            self.blocks[block][0] += 1
-            self.blocks[block][1] = self.clock
+            self.uses[block] += 1
+            self.last_use[block] = self.clock
 
     def order(self, pool):
-        def key(block):
-            uses, last_use, depth, priority = self.blocks[block]
-            value = struct.unpack("f", struct.pack("f", self.score(uses, self.clock - last_use, depth, priority)))[0]
-            return (0, 0.0) if math.isnan(value) else (1, value)
-
-        return sorted(pool.inactive, key=key)
+        values = self.score(self.uses, np.float32(self.clock) - self.last_use, self.depths, self.priorities)
+        return in_order(pool, ~np.isnan(values), values)

@@ -26,17 +26,16 @@ def worth(block):
     return (block.uses - 2 * block.priority) / (1 + block.age) - block.depth
 
 
-def worth_in_python(uses, age, depth, priority):
-    f = np.float32
-    return float(f(f(uses) - f(2) * f(priority)) / f(1 + age) - f(depth))
+def worth_in_numpy(uses, age, depth, priority):
+    return (uses - 2 * priority) / (1 + age) - depth
 
 
 POLICIES = {
     "lru": (policies.lru, lambda n: LruOracle()),
     "lineage": (policies.lineage, lambda n: LineageOracle()),
-    "priority": (policies.priority, lambda n: PriorityOracle()),
+    "priority": (policies.priority, PriorityOracle),
     "tiny_lfu": (policies.tiny_lfu, TinyLfuOracle),
-    "scored": (functools.partial(policies.scored, worth), lambda n: ScoredOracle(worth_in_python)),
+    "scored": (functools.partial(policies.scored, worth), lambda n: ScoredOracle(n, worth_in_numpy)),
 }
 
 

@@ -23,9 +23,9 @@ SCORED = policies.scored(lambda block: block.uses / (1 + block.age))
 TWINS = {
     "lru": lambda n: LruOracle(),
     "lineage": lambda n: LineageOracle(),
-    "priority": lambda n: PriorityOracle(),
+    "priority": PriorityOracle,
     "tiny_lfu": TinyLfuOracle,
-    "scored": lambda n: ScoredOracle(lambda uses, age, depth, priority: float(np.float32(uses) / np.float32(1 + age))),
+    "scored": lambda n: ScoredOracle(n, lambda uses, age, depth, priority: uses / (1 + age)),
 }
 
 
@@ -263,7 +263,7 @@ def test_the_conversation_trace(num_blocks, hits, evictions):
 
 
 @pytest.mark.long
-@pytest.mark.timeout(1800)
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(not CONVERSATION.exists(), reason=f"no conversation trace in {TRACES}; set KVBM_TRACES")
 @pytest.mark.parametrize("policy", TWINS)
 @pytest.mark.parametrize("num_blocks", [1_000, 4_000, 10_000, 50_000])
