@@ -159,8 +159,8 @@ class Driver:
     def in_model(self, ending, starting, growing, complete, computed):
         evicted, evict = [], self.model.pool._evict
 
-        def noted():
-            evicted.append(evict())
+        def noted(order):
+            evicted.append(evict(order))
             return evicted[-1]
 
         self.model.pool._evict = noted
