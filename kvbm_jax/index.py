@@ -92,8 +92,9 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
 
     At first each set takes one key, the first row that wants it. What is left over goes on, fewer rows with every pass;
     once they are few, they are ranked within their sets and take free ways by rank. So the outcome is that of some
-    sequential order that respects rows, on every back end. Sizes and number of passes are static, and leave a row over
-    in less than one of 1e9 calls; in tables of a few sets more often, since then both sets of a key may be full.
+    sequential order that respects rows, on every back end. Sizes and number of passes are static; they are reckoned to
+    leave a row over in less than one of 1e9 calls (see `_passes`), in tables of a few sets more often, since then both
+    sets of a key may be full.
 
     Args:
       index: the index; none of the masked keys is in it.

@@ -43,9 +43,12 @@ __all__ = [
     "StartResult",
     "UnshareResult",
     "append",
+    "begin_rows",
     "blocks_for",
     "drop_passed",
+    "empty_rows",
     "extend",
+    "find_prefixes",
     "fork",
     "init",
     "last_first",
@@ -53,7 +56,7 @@ __all__ = [
     "register",
     "release",
     "rewind",
-    "set_first",
+    "set_rows",
     "slide",
     "slots",
     "start",
@@ -186,11 +189,7 @@ def start(
         raise LayoutError(f"{asked} hashes a row exceed the table's {width} blocks; start fewer or widen the table")
     needed = blocks_for(num_tokens, sequences.block_size)
     wide = needed <= width
-    wanted = jnp.where(wide, num_hashes, 0)
-    found = jnp.stack([pool.scan(state, hashes, wanted, group=group) for group in range(groups)], axis=1)
-    prefix, cached = longest_hit(
-        sequences.groups, found, block_size=sequences.block_size, num_blocks=sequences.pool_blocks
-    )
+    prefix, cached = find_prefixes(state, sequences, hashes, jnp.where(wide, num_hashes, 0))
     # A row that does not fit gives back what it held; unless all of that has room in the queue, nothing is begun.
     room = groups * jnp.sum(cached) <= pool.release_room(state)
     begun = wide & room
@@ -208,22 +207,94 @@ def start(
     group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
     nth = group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
     picked = jnp.take_along_axis(grant.block_ids, nth.reshape(count, -1), axis=1, mode="clip")
-    table = jnp.pad(prefix, ((0, 0), (0, 0), (0, width - asked)), constant_values=sequences.pool_blocks)
-    table = jnp.where(column < cached[:, None, None], table, picked.reshape(count, groups, width))
-    table = jnp.where(column < needed[:, None, None], table, sequences.pool_blocks)
-
-    target = jnp.where(granted, rows, batch)
-    sequences = replace(
-        sequences,
-        block_tables=sequences.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
-        lengths=sequences.lengths.at[target].set(num_tokens, mode="drop"),
-        num_blocks=sequences.num_blocks.at[target].set(needed, mode="drop"),
-        first=set_first(sequences, target, cached * sequences.block_size),
-    )
+    picked = picked.reshape(count, groups, width)
+    sequences = begin_rows(sequences, jnp.where(granted, rows, batch), prefix, cached, picked, num_tokens)
     status = jnp.where(room, grant.status, Status.QUEUE_FULL)
     status = jnp.where(wide, status, Status.TABLE_FULL).astype(jnp.int32)
     cached_tokens = jnp.where(granted, cached * sequences.block_size, 0)
     return state, sequences, StartResult(cached_tokens, status, grant.evicted)
+
+
+def find_prefixes(
+    state: pool.PoolState, sequences: SequenceBatch, hashes: jax.Array, counts: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Finds the longest prefixes that every group can serve.
+
+    Args:
+      state: the pool.
+      sequences: the batch.
+      hashes: u32[R, M, 4], sequence hashes.
+      counts: i32[R], how many of them may match.
+
+    Returns:
+      i32[R, G, M] blocks to hold, padded with N, and i32[R] the prefixes in blocks.
+    """
+    groups = range(len(sequences.groups))
+    found = jnp.stack([pool.scan(state, hashes, counts, group=group) for group in groups], axis=1)
+    return longest_hit(sequences.groups, found, block_size=sequences.block_size, num_blocks=sequences.pool_blocks)
+
+
+def begin_rows(
+    sequences: SequenceBatch,
+    rows: jax.Array,
+    prefix: jax.Array,
+    cached: jax.Array,
+    fresh: jax.Array,
+    num_tokens: jax.Array,
+) -> SequenceBatch:
+    """Writes rows that begin: what is cached of each, then fresh blocks.
+
+    Args:
+      sequences: the batch.
+      rows: i32[R], padded with B.
+      prefix: i32[R, G, M], what was found.
+      cached: i32[R], how many blocks of it.
+      fresh: i32[R, G, W], a block for each place after them.
+      num_tokens: i32[R].
+    """
+    width = sequences.block_tables.shape[2]
+    needed = blocks_for(num_tokens, sequences.block_size)
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    more = ((0, 0), (0, 0), (0, width - prefix.shape[2]))
+    table = jnp.pad(prefix, more, constant_values=sequences.pool_blocks)
+    table = jnp.where(column < cached[:, None, None], table, fresh)
+    table = jnp.where(column < needed[:, None, None], table, sequences.pool_blocks)
+    first = first_places(sequences.groups, cached * sequences.block_size, sequences.block_size)
+    return set_rows(sequences, rows, tables=table.transpose(1, 0, 2), lengths=num_tokens, counts=needed, first=first)
+
+
+def set_rows(
+    sequences: SequenceBatch,
+    rows: jax.Array,
+    *,
+    tables: jax.Array | int,
+    lengths: jax.Array | int,
+    counts: jax.Array | int,
+    first: jax.Array | int,
+) -> SequenceBatch:
+    """Writes whole rows.
+
+    Args:
+      sequences: the batch.
+      rows: i32[R], distinct, padded with B.
+      tables: i32[G, R, W].
+      lengths: i32[R].
+      counts: i32[R], the `num_blocks` of each.
+      first: i32[G, R].
+    """
+    return replace(
+        sequences,
+        block_tables=sequences.block_tables.at[:, rows].set(tables, mode="drop"),
+        lengths=sequences.lengths.at[rows].set(lengths, mode="drop"),
+        num_blocks=sequences.num_blocks.at[rows].set(counts, mode="drop"),
+        # Without windows it is 0 everywhere.
+        first=sequences.first.at[:, rows].set(first, mode="drop") if has_windows(sequences.groups) else sequences.first,
+    )
+
+
+def empty_rows(sequences: SequenceBatch, rows: jax.Array) -> SequenceBatch:
+    """Empties rows i32[R], padded with B; what they held is the caller's to release."""
+    return set_rows(sequences, rows, tables=sequences.pool_blocks, lengths=0, counts=0, first=0)
 
 
 def extend(
@@ -347,14 +418,7 @@ def release(
     state, status = pool.release(state, last_first(tables.transpose(1, 0, 2)))
     done = jnp.where(status == Status.QUEUE_FULL, batch, rows)
     old, done = fence((sequences.block_tables, done))
-    sequences = replace(
-        sequences,
-        block_tables=old.at[:, done].set(sequences.pool_blocks, mode="drop"),
-        lengths=sequences.lengths.at[done].set(0, mode="drop"),
-        num_blocks=sequences.num_blocks.at[done].set(0, mode="drop"),
-        first=set_first(sequences, done, 0),
-    )
-    return state, sequences, status
+    return state, empty_rows(replace(sequences, block_tables=old), done), status
 
 
 def fork(
@@ -383,16 +447,11 @@ def fork(
     tables = sequences.block_tables.at[:, sources].get(mode="fill", fill_value=sequences.pool_blocks)
     tables = jnp.where(column < count[None, :, None], tables, sequences.pool_blocks)
     state, status = pool.acquire(state, tables.transpose(1, 0, 2).reshape(-1, groups * width))
+    first = sequences.first.at[:, sources].get(mode="fill", fill_value=0)
     old, tables = fence((sequences.block_tables, tables))
-    forked = replace(
-        sequences,
-        block_tables=old.at[:, rows].set(tables, mode="drop"),
-        lengths=sequences.lengths.at[rows].set(lengths, mode="drop"),
-        num_blocks=sequences.num_blocks.at[rows].set(count, mode="drop"),
+    forked = set_rows(
+        replace(sequences, block_tables=old), rows, tables=tables, lengths=lengths, counts=count, first=first
     )
-    if has_windows(sequences.groups):
-        first = sequences.first.at[:, sources].get(mode="fill", fill_value=0)
-        forked = replace(forked, first=sequences.first.at[:, rows].set(first, mode="drop"))
     return state, forked, status
 
 
@@ -554,15 +613,6 @@ def drop_passed(sequences: SequenceBatch, counts: jax.Array, *, max_blocks: int)
     tables = old.at[group, row, place].set(sequences.pool_blocks, mode="drop")
     left = replace(sequences, block_tables=tables, first=sequences.first + counts)
     return left, last_first(blocks.transpose(1, 0, 2))
-
-
-def set_first(sequences: SequenceBatch, rows: jax.Array, lengths: jax.Array | int) -> jax.Array:
-    """Returns `first` with rows i32[R], padded with B, as they begin with `lengths` cached tokens, i32[R]."""
-    if not has_windows(sequences.groups):
-        return sequences.first
-    lengths = jnp.broadcast_to(jnp.asarray(lengths, jnp.int32), rows.shape)
-    places = first_places(sequences.groups, lengths, sequences.block_size)
-    return sequences.first.at[:, rows].set(places, mode="drop")
 
 
 def _passed_over(sequences: SequenceBatch, first: jax.Array, lengths: jax.Array) -> jax.Array:

@@ -21,10 +21,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvbm_jax import index as block_index
 from kvbm_jax import pool, sequences
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.groups import has_windows, longest_hit
+from kvbm_jax.groups import has_windows
 from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
@@ -97,7 +96,8 @@ def step(
     needed = sequences.blocks_for(plan.num_tokens, running.block_size)
     wide = needed <= width
     real = plan.starting < batch
-    prefix, cached = _match(state, running, plan.hashes, jnp.where(wide & real, plan.num_hashes, 0))
+    wanted = jnp.where(wide & real, plan.num_hashes, 0)
+    prefix, cached = sequences.find_prefixes(state, running, plan.hashes, wanted)
     ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
     leaving = groups * jnp.sum(ended)
     passed = None
@@ -159,30 +159,12 @@ class _Growth(NamedTuple):
     status: jax.Array  # i32[X]: why a row cannot grow whatever is free
 
 
-def _match(
-    state: pool.PoolState, running: sequences.SequenceBatch, hashes: jax.Array, counts: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Finds the longest prefix that every group can serve, as `groups.longest_hit`."""
-    keys = jnp.stack([pool.keys_of(hashes, group) for group in range(len(running.groups))], axis=1)
-    place = jnp.arange(hashes.shape[1], dtype=jnp.int32)[None, None, :]
-    blocks = block_index.lookup(state.index, keys)
-    blocks = jnp.where(place < counts[:, None, None], blocks, state.num_blocks)
-    return longest_hit(running.groups, blocks, block_size=running.block_size, num_blocks=state.num_blocks)
-
-
 def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.SequenceBatch, jax.Array]:
     """Empties rows: the batch, and the blocks that they held in the order of their release, i32[E * W * G]."""
     tables = running.block_tables.at[:, rows].get(mode="fill", fill_value=running.pool_blocks)
     blocks = sequences.last_first(tables.transpose(1, 0, 2))[:, ::-1].reshape(-1)
     old, blocks = fence((running.block_tables, blocks))
-    emptied = replace(
-        running,
-        block_tables=old.at[:, rows].set(running.pool_blocks, mode="drop"),
-        lengths=running.lengths.at[rows].set(0, mode="drop"),
-        num_blocks=running.num_blocks.at[rows].set(0, mode="drop"),
-        first=sequences.set_first(running, rows, 0),
-    )
-    return emptied, blocks
+    return sequences.empty_rows(replace(running, block_tables=old), rows), blocks
 
 
 def _growth(state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, max_blocks: int) -> _Growth:
@@ -210,22 +192,12 @@ def _begin(
 ) -> sequences.SequenceBatch:
     """Writes the rows that begin: `cached` blocks of `prefix`, then those granted from `first` on."""
     groups, batch, width = running.block_tables.shape
-    needed = sequences.blocks_for(plan.num_tokens, running.block_size)
+    fresh = sequences.blocks_for(plan.num_tokens, running.block_size) - cached
     group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
     column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    fresh = needed - cached
     nth = first[:, None, None] + group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
-    table = jnp.pad(prefix, ((0, 0), (0, 0), (0, width - prefix.shape[2])), constant_values=running.pool_blocks)
-    table = jnp.where(column < cached[:, None, None], table, blocks.at[nth].get(mode="clip"))
-    table = jnp.where(column < needed[:, None, None], table, running.pool_blocks)
     target = jnp.where(granted, plan.starting, batch)
-    return replace(
-        running,
-        block_tables=running.block_tables.at[:, target].set(table.transpose(1, 0, 2), mode="drop"),
-        lengths=running.lengths.at[target].set(plan.num_tokens, mode="drop"),
-        num_blocks=running.num_blocks.at[target].set(needed, mode="drop"),
-        first=sequences.set_first(running, target, cached * running.block_size),
-    )
+    return sequences.begin_rows(running, target, prefix, cached, blocks.at[nth].get(mode="clip"), plan.num_tokens)
 
 
 def _grow(
