@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Concatenate
 
 from kvbm_jax.cli.arguments import at_least, folder
-from kvbm_jax.cli.report import Report, show_progress
+from kvbm_jax.cli.report import Report, progress
 
 if TYPE_CHECKING:
     from kvbm_jax.bench.timing import Row, Timing
@@ -92,13 +92,11 @@ def _timed[**P](
     *args: P.args,
     **kwargs: P.kwargs,
 ) -> "list[Row]":
-    """Takes measurements, showing a person what is under way, and wipes that away."""
+    """Takes measurements, showing a person what is under way."""
     from kvbm_jax.bench.timing import Timing  # noqa: PLC0415
 
-    try:
-        return measure(Timing(repeats, show_progress), *args, **kwargs)
-    finally:
-        show_progress("")
+    with progress() as show:
+        return measure(Timing(repeats, show), *args, **kwargs)
 
 
 def _report(bench: str, head: str, rows: Sequence["Row"], tokens: int | None = None) -> Report:

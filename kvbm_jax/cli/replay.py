@@ -1,14 +1,14 @@
 """`kvbm-jax replay`: how much of a trace a pool of a given size would have found in its cache."""
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvbm_jax import policies
 from kvbm_jax.cli import plot
 from kvbm_jax.cli.arguments import at_least, listed
-from kvbm_jax.cli.report import Report, show_progress, table
+from kvbm_jax.cli.report import Report, progress, table
 
 if TYPE_CHECKING:
     from kvbm_jax.replay import ComparedReplay
@@ -56,27 +56,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Report:
     """Replays the traces."""
-    options = {
-        "host_blocks": args.host_blocks,
-        "disk_blocks": args.disk_blocks,
-        "limit": args.limit,
-        "shared_ids": args.shared_ids,
-        "progress": lambda done, total: show_progress(f"{done:,} of {total:,} requests"),
-    }
     if args.compare:
-        return _compare(args, options)
+        return _compare(args)
     if args.plot is not None:
         args.refuse("argument --plot: draws a comparison; give --compare too")
     if len(args.num_blocks) > 1:
         args.refuse("argument --num-blocks: several sizes are for --compare")
-    return _single(args, options)
+    return _single(args)
 
 
-def _single(args: argparse.Namespace, options: dict[str, Any]) -> Report:
+def _options(args: argparse.Namespace, show: Callable[[str], None]) -> dict[str, Any]:
+    """What a replay and a comparison take alike."""
+    return {
+        "host_blocks": args.host_blocks,
+        "disk_blocks": args.disk_blocks,
+        "limit": args.limit,
+        "shared_ids": args.shared_ids,
+        "progress": lambda done, total: show(f"{done:,} of {total:,} requests"),
+    }
+
+
+def _single(args: argparse.Namespace) -> Report:
     from kvbm_jax.replay import replay  # noqa: PLC0415 (it compiles; `--help` need not)
 
-    result = replay(args.traces, args.num_blocks[0], policy=args.policy or "lru", **options)
-    show_progress("")
+    with progress() as show:
+        result = replay(args.traces, args.num_blocks[0], policy=args.policy or "lru", **_options(args, show))
     data = result.as_dict()
     rows = []
     for name, value in data.items():
@@ -88,13 +92,13 @@ def _single(args: argparse.Namespace, options: dict[str, Any]) -> Report:
     return Report(data, table(rows))
 
 
-def _compare(args: argparse.Namespace, options: dict[str, Any]) -> Report:
+def _compare(args: argparse.Namespace) -> Report:
     from kvbm_jax.replay import compare  # noqa: PLC0415
 
     if args.plot is not None:
         plot.require(args.plot)
-    rows = compare(args.traces, args.num_blocks, args.compare, **options)
-    show_progress("")
+    with progress() as show:
+        rows = compare(args.traces, args.num_blocks, args.compare, **_options(args, show))
     if args.plot is not None:
         plot.draw(args.plot, rows)
     return Report({"rows": [row.as_dict() for row in rows]}, _grid(rows))

@@ -1,12 +1,13 @@
 """What a command hands back to be printed."""
 
+import contextlib
 import dataclasses
 import json
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-__all__ = ["Report", "show_progress", "table"]
+__all__ = ["Report", "progress", "table"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,15 @@ def table(rows: Iterable[tuple[str, object]]) -> str:
     return "\n".join(f"{name:<{width}}  {value}".rstrip() for name, value in pairs)
 
 
-def show_progress(text: str) -> None:
-    """Shows what is under way in place of what was shown before, to a person only."""
-    if sys.stderr.isatty():
-        print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+@contextlib.contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """Yields what shows what is under way, in place of what was shown before, to a person only; wipes it at the end."""
+
+    def show(text: str) -> None:
+        if sys.stderr.isatty():
+            print(f"\r\x1b[K{text}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        show("")
