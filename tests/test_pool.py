@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import hash_grid, id_grid, key
 from hypothesis import given, settings
 
 from kvbm_jax import invariants, pool
@@ -35,23 +36,12 @@ def verbs():
     }
 
 
-def key(number):
-    return [number, 1000 + number, 0, 7]
-
-
 def ids(*rows):
-    out = np.full((ROWS, WIDTH), N, np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return jnp.asarray(out)
+    return id_grid(rows, (ROWS, WIDTH), N)
 
 
 def hashes(*rows):
-    out = np.zeros((ROWS, WIDTH, 4), np.uint32)
-    for i, row in enumerate(rows):
-        for j, number in enumerate(row):
-            out[i, j] = key(number)
-    return jnp.asarray(out)
+    return hash_grid(rows, (ROWS, WIDTH))
 
 
 def counts(*values):
@@ -178,7 +168,7 @@ def test_inactive_blocks_are_evicted_after_reset_ones_and_reported_with_hash_and
     assert p.allocate(4, 1, 3) == ([[3, 4, 5, 6], [7], [1, 0, 2]], [OK] * 3)
     assert p.evicted.num_blocks == 3
     assert p.evicted.block_ids.tolist() == [1, 0, 2] + [N] * 9
-    assert p.evicted.hashes.tolist()[:3] == [key(2), key(1), key(3)]
+    assert p.evicted.hashes.tolist()[:3] == [list(key(n)) for n in (2, 1, 3)]
     assert p.evicted.groups.tolist()[:3] == [0, 0, 5]
     assert p.match([1], [2], [3]) == [[], [], []]
 
@@ -206,7 +196,7 @@ def test_lru_order_of_two_sequences_that_share_a_prefix():
     assert queue_order(p.state) == [3, 5, 4, 2, 1, 0]
     # Reset blocks go first, then tails before their prefixes.
     assert p.allocate(4)[0][0] == [6, 7, 3, 5]
-    assert p.evicted.hashes.tolist()[:2] == [key(14), key(24)]
+    assert p.evicted.hashes.tolist()[:2] == [list(key(n)) for n in (14, 24)]
     assert p.match([11, 12, 13, 14], [11, 12, 23, 24]) == [[0, 1, 2], [0, 1, 4]]
 
 
@@ -402,7 +392,7 @@ def test_evict_resets_the_least_recently_released_and_no_more_than_there_are():
     p._keep(state)
     assert evicted.num_blocks == 1
     assert evicted.block_ids.tolist() == [0] + [N] * (WIDTH - 1)
-    assert evicted.hashes.tolist()[0] == key(1)
+    assert evicted.hashes.tolist()[0] == list(key(1))
     for count in (-3, 0):
         assert p.do["evict"](state, jnp.int32(count))[1].num_blocks == 0
     assert p.match([4]) == [held]

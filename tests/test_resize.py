@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from grids import hash_grid, id_grid, key
 from oracle import OraclePool
 
 from kvbm_jax import invariants, pool, resize, sequences
@@ -37,23 +38,12 @@ def verbs():
     }
 
 
-def key(number):
-    return (number, 1000 + number, 0, 7)
-
-
 def grid(rows, num_blocks):
-    out = np.full((ROWS, WIDTH), num_blocks, np.int32)
-    for i, row in enumerate(rows):
-        out[i, : len(row)] = row
-    return jnp.asarray(out)
+    return id_grid(rows, (ROWS, WIDTH), num_blocks)
 
 
 def hashes(*rows):
-    out = np.zeros((ROWS, WIDTH, 4), np.uint32)
-    for i, row in enumerate(rows):
-        for j, number in enumerate(row):
-            out[i, j] = key(number)
-    return jnp.asarray(out)
+    return hash_grid(rows, (ROWS, WIDTH))
 
 
 def empty(num_blocks, groups=PLAIN):

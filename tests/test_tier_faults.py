@@ -54,41 +54,35 @@ def test_a_failed_put_is_a_miss_later_and_counted(faulty, tier):
     assert sum(failures) >= 8
 
 
-@pytest.mark.parametrize("fault", ["raise_once", "raise_late_once", "fail_gets", "forget_records"])
-def test_a_fault_between_tiers_leaves_policy_stores_and_subscribers_in_agreement(faulty, fault):
-    with make(7, stores=list(faulty.values())) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in (0, 1000):
-            serve(manager, prompt(first, 6))
-        settle(manager)
-        setattr(faulty[Tier.G2], fault, True)
+def go_through(manager, faulty, monkeypatch, *fault):
+    """Serves a crowd, in the middle of it with an attribute set to something faulty; all agree afterwards."""
+    events, view = manager.subscribe_events(), View()
+    for first in (0, 1000):
+        serve(manager, prompt(first, 6))
+    settle(manager)
+    with monkeypatch.context() as patch:
+        patch.setattr(*fault)
         serve(manager, prompt(2000, 6))
         settle(manager)
-        setattr(faulty[Tier.G2], fault, False)
-        for first in range(3000, 9000, 1000):
-            serve(manager, prompt(first, 6))
-        assert_in_agreement(manager, faulty.values(), events, view)
+    for first in range(3000, 9000, 1000):
+        serve(manager, prompt(first, 6))
+    assert_in_agreement(manager, faulty.values(), events, view)
+
+
+@pytest.mark.parametrize("fault", ["raise_once", "raise_late_once", "fail_gets", "forget_records"])
+def test_a_fault_between_tiers_leaves_policy_stores_and_subscribers_in_agreement(faulty, fault, monkeypatch):
+    with make(7, stores=list(faulty.values())) as manager:
+        go_through(manager, faulty, monkeypatch, faulty[Tier.G2], fault, True)
         assert serve(manager, prompt(7000, 6))
         assert faulty[Tier.G2].stats().refused == 0
 
 
 def test_a_device_that_fails_to_deliver_leaves_them_in_agreement_too(faulty, monkeypatch):
+    def broken(array):
+        raise RuntimeError("the device has fallen off the bus")
+
     with make(7, stores=list(faulty.values())) as manager:
-        events, view = manager.subscribe_events(), View()
-        for first in (0, 1000):
-            serve(manager, prompt(first, 6))
-        settle(manager)
-
-        def broken(array):
-            raise RuntimeError("the device has fallen off the bus")
-
-        monkeypatch.setattr("kvbm_jax.offload.mover.rows_of_array", broken)
-        serve(manager, prompt(2000, 6))
-        settle(manager)
-        monkeypatch.undo()
-        for first in range(3000, 9000, 1000):
-            serve(manager, prompt(first, 6))
-        assert_in_agreement(manager, faulty.values(), events, view)
+        go_through(manager, faulty, monkeypatch, "kvbm_jax.offload.mover.rows_of_array", broken)
 
 
 @pytest.mark.parametrize("late", [False, True])

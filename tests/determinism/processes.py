@@ -32,7 +32,7 @@ class Disk(MemoryBlockStore):
         self.failures = 0
 
     def get(self, keys, out):
-        time.sleep(self._rng.random() * 0.004)
+        time.sleep(self._rng.random() * 0.004)  # the disk's slowness itself; nothing waits by it
         future = super().get(keys, out)
         if self._rng.random() >= self._rate:
             return future
@@ -78,7 +78,7 @@ def main(port, process):
     with tiered.make(BLOCKS, max_sequences=2, metrics=metrics, stores=[host, disk], agreement=agreement) as manager:
         before = None
         for ids in synthetic.conversations(5, requests=REQUESTS, longest=9, users=6, id_bits=32):
-            time.sleep(skew.random() * 0.003 * process)
+            time.sleep(skew.random() * 0.003 * process)  # what is tested: one process runs late; nothing waits by it
             seq = manager.start(tokens_of(ids[:9]))
             tiered.prefill(manager, seq)
             tiered.check(manager, seq)
