@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from kvbm_jax import grants, pool, sequences, step
 from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
-from kvbm_jax.resize import inactive_blocks
+from kvbm_jax.resize import ResizeResult, inactive_blocks
 from kvbm_jax.resize import resize as resize_pool
 from kvbm_jax.types import Status
 
@@ -34,9 +34,11 @@ __all__ = [
     "Stepped",
     "Unshared",
     "cpu_device",
+    "try_seeds",
 ]
 
-_REHASH_TRIES = 8
+_SEEDS = 8
+_STEP = 8  # the least padded size of what a step names
 
 
 class BlockCounts(NamedTuple):
@@ -245,7 +247,7 @@ class BlockPool:
         """Registers the blocks of a row from index `first` on under hashes u32[M, 4]."""
         padded, _ = self._pad_hashes(hashes)
         new = np.zeros((len(hashes),), np.bool_)
-        for _ in range(_REHASH_TRIES):
+        for _ in range(_SEEDS):
             result = self._register(row, padded, first, len(hashes))
             new |= np.asarray(result.registered)[0, 0, : len(hashes)]
             status = np.asarray(result.status)[0, 0, : len(hashes)]
@@ -275,7 +277,12 @@ class BlockPool:
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def step(
-        self, ending: list[int], growing: dict[int, int], complete: list[tuple[int, int]], hashes: NDArray[np.uint32]
+        self,
+        ending: list[int],
+        growing: dict[int, int],
+        complete: list[tuple[int, int]],
+        hashes: NDArray[np.uint32],
+        max_blocks: int,
     ) -> Stepped:
         """Ends sequences, makes room for the next tokens of others, and registers completed blocks, in one call.
 
@@ -284,40 +291,39 @@ class BlockPool:
           growing: new tokens of each row.
           complete: row and index in its table of P blocks.
           hashes: u32[P, 4], theirs.
+          max_blocks: bound of the new blocks of a row.
 
         Raises:
           BlockStateError: if a completed block is refused.
         """
-        self._make_room(sum(map(self.num_blocks, ending)) + len(complete))
+        self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])) + len(complete))
         nobody = self.max_sequences
-        most = max((self.lacking(row, tokens) for row, tokens in growing.items()), default=0)
-        rows, places = zip(*complete, strict=True) if complete else ((), ())
-        padded = np.zeros((_few(len(complete)), 4), np.uint32)
+        rows, places = np.array(complete, np.int32).reshape(-1, 2).T
+        padded = np.zeros((_round_up(len(complete), _STEP), 4), np.uint32)
         padded[: len(hashes)] = hashes
         # No row starts: a prefix may have to come up from the tiers first.
         fields: dict[str, Any] = {
-            "ending": _padded(ending, nobody),
+            "ending": _padded(ending, nobody, _STEP),
             "starting": np.full((1,), nobody, np.int32),
             "hashes": np.zeros((1, 1, 4), np.uint32),
             "num_hashes": np.zeros((1,), np.int32),
             "num_tokens": np.zeros((1,), np.int32),
-            "growing": _padded(list(growing), nobody),
-            "new_tokens": _padded(list(growing.values()), 0),
-            "complete_rows": _padded(rows, nobody),
-            "complete_places": _padded(places, 0),
+            "growing": _padded(list(growing), nobody, _STEP),
+            "new_tokens": _padded(list(growing.values()), 0, _STEP),
+            "complete_rows": _padded(rows, nobody, _STEP),
+            "complete_places": _padded(places, 0, _STEP),
             "complete_hashes": padded,
         }
         plan = step.StepPlan(**fields)
-        bound = 1 << max(most - 1, 0).bit_length()
+        bound = 1 << max(max_blocks - 1, 0).bit_length()
         self._pool, self.sequences, result = _step(self._pool, self.sequences, plan, max_blocks=bound)
         status = np.asarray(result.register_status)[0, : len(complete)]
         done = status != Status.INDEX_FULL
         for code in status[done]:
             self.require(code, blocks=len(complete))
-        tables = np.asarray(self.sequences.block_tables)[0]
         return Stepped(
             np.array(result.grow_status)[: len(growing)],
-            np.array([tables[row, place] for row, place in complete], np.int32),
+            np.asarray(self.sequences.block_tables)[0, rows, places],
             np.array(result.registered)[0, : len(complete)],
             done,
             _evicted(result.evicted),
@@ -331,23 +337,26 @@ class BlockPool:
         """Returns how many blocks a row has."""
         return int(np.asarray(self.sequences.num_blocks)[row])
 
-    def lacking(self, row: int, num_tokens: int) -> int:
-        """Returns how many blocks a row lacks to grow by `num_tokens`.
+    def lacking(self, growth: abc.Mapping[int, int]) -> list[int]:
+        """Returns how many blocks each row lacks to grow by so many tokens.
 
         Raises:
-          ConfigError: if that is negative.
-          SequenceTooLongError: if it would outgrow its table.
+          ConfigError: if a growth is negative.
+          SequenceTooLongError: if a row would outgrow its table.
         """
-        if num_tokens < 0:
-            raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
-        length = self.length(row)
-        needed = -(-(length + num_tokens) // self.sequences.block_size)
-        if needed > self.max_blocks:
-            raise SequenceTooLongError(
-                f"{num_tokens} tokens more than {length} need {needed} blocks; a sequence has at most "
-                f"{self.max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
-            )
-        return max(needed - self.num_blocks(row), 0)
+        lengths, counts = np.asarray(self.sequences.lengths), np.asarray(self.sequences.num_blocks)
+        lacking = []
+        for row, num_tokens in growth.items():
+            if num_tokens < 0:
+                raise ConfigError(f"a sequence cannot grow by {num_tokens} tokens; name 0 or more")
+            needed = -(-(int(lengths[row]) + num_tokens) // self.sequences.block_size)
+            if needed > self.max_blocks:
+                raise SequenceTooLongError(
+                    f"{num_tokens} tokens more than {lengths[row]} need {needed} blocks; a sequence has at most "
+                    f"{self.max_blocks}: ask for fewer tokens, or raise num_blocks or max_sequence_tokens"
+                )
+            lacking.append(max(needed - int(counts[row]), 0))
+        return lacking
 
     def length(self, row: int) -> int:
         """Returns the tokens of a row that have a slot."""
@@ -423,17 +432,19 @@ class BlockPool:
           LayoutError: if `num_blocks` is out of range.
         """
         before = np.array(self._pool.generations)
-        for seed in range(self._seed, self._seed + _REHASH_TRIES):
-            state, running, result = _resize(
+
+        def attempt(seed: np.uint32) -> tuple[tuple[pool.PoolState, sequences.SequenceBatch, ResizeResult], bool]:
+            made = _resize(
                 self._pool,
                 self.sequences,
                 num_blocks,
                 max_blocks=max_blocks,
-                seed=np.uint32(seed),
+                seed=seed,
                 generation=self._generation,
             )
-            if int(result.status) != Status.INDEX_FULL:
-                break
+            return made, int(made[2].status) != Status.INDEX_FULL
+
+        state, running, result = try_seeds(attempt, first=self._seed)
         if int(result.status) == Status.OUT_OF_BLOCKS:
             held = self.stats().held
             raise OutOfBlocksError(
@@ -494,16 +505,15 @@ class BlockPool:
             self._start(nobody, padded, 0, 0)
             self._register(nobody, padded, 0, 0)
         self._pool, self.sequences, _ = _release(self._pool, self.sequences, np.array([nobody], np.int32))
-        self.step([], {}, [], np.zeros((0, 4), np.uint32))
+        self.step([], {}, [], np.zeros((0, 4), np.uint32), 0)
 
     def _rehash(self) -> None:
-        for _ in range(_REHASH_TRIES):
-            self._seed += 1
-            rebuilt, left = _rehash(self._pool, np.uint32(self._seed))
-            if int(left) == 0:
-                self._pool = rebuilt
-                return
-        raise KvbmError(f"the block index takes no more keys after {_REHASH_TRIES} seeds; please report this")
+        def attempt(seed: np.uint32) -> tuple[pool.PoolState, bool]:
+            rebuilt, left = _rehash(self._pool, seed)
+            return rebuilt, int(left) == 0
+
+        self._pool = try_seeds(attempt, first=self._seed + 1)
+        self._seed = int(self._pool.index.seed)
 
     def _check(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.int32]:
         padded = self._pad_blocks(block_ids)[0]
@@ -518,9 +528,7 @@ class BlockPool:
         self._room -= pushes
 
     def _pad_blocks(self, block_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        padded = np.full((1, _round_up(len(block_ids))), self._pool.num_blocks, np.int32)
-        padded[0, : len(block_ids)] = block_ids
-        return padded
+        return _padded(block_ids, self._pool.num_blocks)[None]
 
     def _pad_hashes(self, hashes: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
         count = min(len(hashes), self.max_blocks)
@@ -549,24 +557,33 @@ def _evicted(result: pool.Evicted) -> EvictedBlocks:
     return EvictedBlocks(np.asarray(result.block_ids)[:count].copy(), np.asarray(result.hashes)[:count].copy())
 
 
-def _round_up(count: int) -> int:
+def try_seeds[T](attempt: abc.Callable[[np.uint32], tuple[T, bool]], first: int) -> T:
+    """Builds a hash index with one seed after the other.
+
+    Args:
+      attempt: returns what it made, and whether all keys found a place.
+      first: the first seed.
+
+    Raises:
+      KvbmError: if there was no such seed; that is not by chance.
+    """
+    for seed in range(first, first + _SEEDS):
+        made, fits = attempt(np.uint32(seed))
+        if fits:
+            return made
+    raise KvbmError(f"the block index takes no more keys after {_SEEDS} seeds; please report this")
+
+
+def _round_up(count: int, least: int = 32) -> int:
     """The padded size of a call, one of few so that few programs are compiled."""
-    size = 32
+    size = least
     while size < count:
         size *= 8
     return size
 
 
-def _few(count: int) -> int:
-    """The padded number of rows in a step, one of few."""
-    size = 8
-    while size < count:
-        size *= 8
-    return size
-
-
-def _padded(values: abc.Sequence[int], fill: int) -> NDArray[np.int32]:
-    padded = np.full((_few(len(values)),), fill, np.int32)
+def _padded(values: abc.Sequence[int] | NDArray[np.int32], fill: int, least: int = 32) -> NDArray[np.int32]:
+    padded = np.full((_round_up(len(values), least),), fill, np.int32)
     padded[: len(values)] = values
     return padded
 

@@ -107,13 +107,14 @@ class DeviceTier:
         growing: dict[int, int],
         complete: list[tuple[int, int]],
         hashes: NDArray[np.uint32],
+        max_blocks: int,
     ) -> Stepped:
         """Ends, extends and registers in one call; `ending` names the registered blocks of rows. See `BlockPool.step`.
 
         The caller tells the residency what has been registered.
         """
         begun = self._clock.monotonic_ns()
-        stepped = self.pool.step(list(ending), growing, complete, hashes)
+        stepped = self.pool.step(list(ending), growing, complete, hashes, max_blocks)
         for registered in ending.values():
             self.residency.released(registered)
         self._allocated(begun, stepped.evicted)

@@ -11,8 +11,7 @@ def on_interrupt(act: Callable[[], object]) -> Iterator[None]:
     """Calls `act` when what is within ends by anything but an `Exception`, which passes untouched; raises it again."""
     try:
         yield
-    except Exception:
-        raise
-    except BaseException:
-        act()
+    except BaseException as error:
+        if not isinstance(error, Exception):
+            act()
         raise

@@ -385,8 +385,9 @@ class BlockManager:
             self._check_running(seq)
         if len({*added, *ending}) < len(added) + len(ending):
             raise BlockStateError("a sequence is named twice; end it, or extend it")
-        for seq, new in added.items():
-            self._device.pool.lacking(seq.row, len(new))
+        size, pool = self.layout.block_size, self._device.pool
+        growth = {seq.row: len(new) for seq, new in added.items()}
+        most = max(pool.lacking(growth), default=0)
         for seq in ending:
             self._register(seq)
         growing = [seq for seq, new in added.items() if new]
@@ -398,32 +399,30 @@ class BlockManager:
             ending = ()
             self._unshare(growing)
 
-        size, pool = self.layout.block_size, self._device.pool
         first = {seq: seq.num_registered for seq in added}
         last = {seq: max(pool.length(seq.row) // size if seq.reuse else 0, first[seq]) for seq in added}
         complete = [(seq, i) for seq in added for i in range(first[seq], last[seq])]
         hashes = [seq.hash_blocks(last[seq])[first[seq] :] for seq in added if last[seq] > first[seq]]
         stepped = self._device.step(
             {seq.row: seq.hashes[: seq.num_registered] for seq in ending},
-            {seq.row: len(new) for seq, new in added.items()},
+            growth,
             [(seq.row, i) for seq, i in complete],
             np.concatenate(hashes) if hashes else np.zeros((0, 4), np.uint32),
+            most,
         )
         for seq in ending:
             self._leave(seq)
         for seq, status in zip(added, stepped.statuses, strict=True):
             if status == Status.OK:
                 seq.tokens.extend(added[seq])
-        found = dict.fromkeys(added, 0)
         refused = {seq for (seq, _), done in zip(complete, stepped.done, strict=True) if not done}
-        news = [(block, pair) for block, pair, new in zip(stepped.block_ids, complete, stepped.new, strict=True) if new]
-        for seq in added:
-            if seq not in refused:
-                seq.num_registered = last[seq]
-        for _, (seq, _) in news:
-            found[seq] += 1
+        for seq in added.keys() - refused:
+            seq.num_registered = last[seq]
+        named = zip(complete, stepped.block_ids, stepped.new, strict=True)
+        news = [(seq, seq.resident(i, int(block))) for (seq, i), block, new in named if new]
         if news:
-            self._device.residency.registered([seq.resident(i, int(block)) for block, (seq, i) in news])
+            self._device.residency.registered([resident for _, resident in news])
+        found = dict.fromkeys(added, 0) | collections.Counter(seq for seq, _ in news)
         for seq in refused:
             found[seq] += self._register(seq)
         self._device.update_gauges()
@@ -549,7 +548,7 @@ class BlockManager:
         """
         for seq in growth:
             self._check_running(seq)
-        count = sum(self._device.pool.lacking(seq.row, num_tokens) for seq, num_tokens in growth.items())
+        count = sum(self._device.pool.lacking({seq.row: num_tokens for seq, num_tokens in growth.items()}))
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
         self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])

@@ -30,8 +30,8 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.block_pool import cpu_device
-from kvbm_jax.errors import KvbmError, LayoutError, OutOfBlocksError
+from kvbm_jax.block_pool import cpu_device, try_seeds
+from kvbm_jax.errors import LayoutError, OutOfBlocksError
 from kvbm_jax.handles import Hasher
 from kvbm_jax.handles import Sequence as RunningSequence
 from kvbm_jax.hashing import Multimodal, hash_bytes
@@ -44,8 +44,6 @@ from kvbm_jax.resize import PoolParts, assemble
 from kvbm_jax.sequences import SequenceBatch
 
 __all__ = ["ReblockPlan", "ReblockReport", "Running", "build_pool", "plan_reblock"]
-
-_SEEDS = 8
 
 
 class Running(NamedTuple):
@@ -178,11 +176,13 @@ def build_pool(plan: ReblockPlan, batch: SequenceBatch) -> tuple[PoolState, Sequ
     parts = jax.device_put(
         (holders, generations, stack, np.int32(len(free)), keys, findable, order, columns, tokens, counts), cpu_device()
     )
-    for seed in range(_SEEDS):
-        state, left = _assemble(PoolParts(*parts[:7]), np.uint32(seed))
-        if int(left) == 0:
-            return state, replace(batch, block_tables=parts[7], lengths=parts[8], num_blocks=parts[9])
-    raise KvbmError(f"the block index takes no more keys after {_SEEDS} seeds; please report this")
+
+    def attempt(seed: np.uint32) -> tuple[PoolState, bool]:
+        state, left = _assemble(PoolParts(*parts[:7]), seed)
+        return state, int(left) == 0
+
+    state = try_seeds(attempt, first=0)
+    return state, replace(batch, block_tables=parts[7], lengths=parts[8], num_blocks=parts[9])
 
 
 def _cached(

@@ -44,7 +44,7 @@ class Residency:
 
     @property
     def residents(self) -> list[Resident]:
-        """What the device holds, the least recently released first."""
+        """What the device holds; with tiers below, the least recently released first."""
         return list(self._residents.values())
 
     def registered(self, blocks: Sequence[Resident]) -> None:
@@ -72,10 +72,11 @@ class Residency:
 
     def released(self, hashes: NDArray[np.uint32]) -> None:
         """A sequence has let go of registered blocks u32[M, 4]; its last block is the first to go."""
-        for words in hashes[::-1]:
-            key = BlockKey(hash_bytes(words))
-            if key in self._residents:
-                self._residents.move_to_end(key)
+        if self._engine is not None:  # their order matters to a flush alone
+            for words in hashes[::-1]:
+                key = BlockKey(hash_bytes(words))
+                if key in self._residents:
+                    self._residents.move_to_end(key)
 
     def evicted(self, cache: KVCache, evicted: EvictedBlocks) -> None:
         """The device has given up blocks; their contents are still in `cache`, and are offered below."""
