@@ -192,28 +192,32 @@ def _claim(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _
 def _settle(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _Outcome:
     """Masked rows take free ways of one of their sets by rank; compares each row with each.
 
-    A row chooses the set that would have more ways to spare if every earlier row that can go there went there.
+    A row chooses the set that would have more ways to spare if every earlier row that can go there went there. Rows
+    that repeat an earlier one's key do not choose: they share its lot.
     """
     num_sets, width = table.shape
     count, nowhere = rows.blocks.shape[0], table.size
     room = fence(_room(table, rows, num_blocks))
     order = jnp.arange(count, dtype=jnp.int32)
     earlier = (order[None, :] < order[:, None]) & mask[None, :]
+    twins = rows.fingerprints[None, :] == rows.fingerprints[:, None]
+    repeats = earlier & twins & jnp.all(room.sets[:, :, None] == room.sets[:, None, :], axis=0)
+    first = jnp.min(jnp.where(repeats, order[None, :], count), axis=1)
+    leads = fence(mask & (first == count))
+    earlier &= leads[None, :]
+
     meets = jnp.any(room.sets[:, :, None, None] == room.sets.T[None, None, :, :], axis=3)  # [2, M, M]
     spare = room.num_free - jnp.sum(meets & earlier[None], axis=2, dtype=jnp.int32)
     second = fence((spare[1] > spare[0]) & (room.num_free[1] > 0) | (room.num_free[0] == 0))
     sets = jnp.where(second, room.sets[1], room.sets[0])
     free = jnp.where(second[:, None], room.free[1], room.free[0])
-
     beside = earlier & (sets[None, :] == sets[:, None])
-    alike = beside & (rows.fingerprints[None, :] == rows.fingerprints[:, None])
-    first = jnp.min(jnp.where(alike, order[None, :], count), axis=1)  # of the rows with the same fingerprint
-    leads = fence(mask & (first == count))
-    rank = jnp.sum(beside & leads[None, :], axis=1, dtype=jnp.int32)
-    won = leads & (rank < jnp.where(second, room.num_free[1], room.num_free[0]))
+    rank = jnp.sum(beside, axis=1, dtype=jnp.int32)
+    fits = ~jnp.any(beside & twins, axis=1) & (rank < jnp.where(second, room.num_free[1], room.num_free[0]))
     lane = jnp.arange(_WAYS, dtype=jnp.int32)
     below = jnp.sum(free[:, None, :] & (lane[None, :] < lane[:, None])[None], axis=2, dtype=jnp.int32)
     place = jnp.argmax(free & (below == rank[:, None]), axis=1).astype(jnp.int32)
+    won = leads & fits
     won, way = fence((won, jnp.where(won, sets * width + place, nowhere)))
     same = mask & won.at[first].get(mode="fill", fill_value=False)
     same &= jnp.all(rows.keys.at[first].get(mode="clip") == rows.keys, axis=1)

@@ -58,6 +58,23 @@ def check_sets(index, expected):
     assert (ids < num_blocks).sum() == expected
 
 
+@pytest.mark.parametrize("num_blocks", [M, N])
+def test_a_key_that_repeats_in_one_call_is_held_once_by_its_first_row(num_blocks):
+    rng = np.random.default_rng(num_blocks)
+    universe = random_keys(6)
+    for seed in range(200):
+        numbers = rng.integers(0, len(universe), M)
+        blocks = rng.permutation(num_blocks)[:M]
+        first = {number: blocks[i] for i, number in reversed(list(enumerate(numbers)))}
+        index = block_index.init(num_blocks, seed)
+        index, owners = verbs()["insert"](
+            index, jnp.asarray(universe[numbers]), jnp.asarray(blocks, jnp.int32), jnp.ones((M,), bool)
+        )
+        assert owners.tolist() == [first[number] for number in numbers]
+        check_sets(index, len(first))
+        np.testing.assert_array_equal(verbs()["lookup"](index, jnp.asarray(universe[numbers])), owners)
+
+
 def test_random_moves_match_a_dict():
     rng = np.random.default_rng(1)
     universe = random_keys(120)
