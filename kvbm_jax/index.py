@@ -29,7 +29,7 @@ KEY_WORDS: Final = 5
 
 _WAYS: Final = 8
 _FEW: Final = 128  # rows that may be compared each with each
-_LEFT_OVER: Final = 1e-9  # expected rows, at which passes end
+_LEFT_OVER: Final = 1e-9  # expected rows, for which no other pass is made
 _EXCESS: Final = 1e-13  # probability that a pass has more rows than it takes
 
 
@@ -281,18 +281,22 @@ def rebuild(index: BlockIndex, seed: jax.Array) -> tuple[BlockIndex, jax.Array]:
 def _passes(count: int, num_sets: int) -> Iterator[int]:
     """Yields how many of `count` random keys each pass after the first must be able to take.
 
-    A row is left over by a claim if an earlier one chose its set, otherwise if in both of its sets there are as many
-    earlier rows as free ways, taken to be at least two. Claims are assumed to go to half of the sets, since emptier
-    ones are chosen more often.
+    A row is left over by a claim if an earlier one chose its set. Claims are assumed to go to half of the sets, since
+    emptier ones are chosen more often. Ranking leaves a row over if in both of its sets there are as many earlier rows
+    as free ways, taken to be at least two; in a second ranking, none of those that are placed by then count.
     """
 
     def lost(claims: float) -> float:
         return claims - num_sets / 2 * -math.expm1(-2 * claims / num_sets)
 
     left = lost(count)
-    while left > _LEFT_OVER:
-        yield (few := _bound(left, count))
-        left = lost(left) if few > _FEW else left * min((2 * left / num_sets) ** 4 / 4, 0.5)
+    while (few := _bound(left, count)) > _FEW:
+        yield few
+        left = lost(left)
+    yield few
+    left *= min((2 * left / num_sets) ** 4 / 4, 0.5)
+    if left > _LEFT_OVER:
+        yield _bound(left, count)
 
 
 def _bound(mean: float, count: int) -> int:

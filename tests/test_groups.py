@@ -230,7 +230,7 @@ def attention_over(windows, tokens, chunk):
     return np.concatenate(outputs), data, batch
 
 
-@pytest.mark.parametrize("windows", [(6,), (10, 2, 1)], ids=str)
+@pytest.mark.parametrize("windows", [pytest.param((6,), marks=pytest.mark.long), (10, 2, 1)], ids=str)
 def test_a_decode_loop_in_less_memory_than_its_length_is_dense_attention_over_windows(windows):
     tokens = 31  # 8 blocks for each group, of a pool that has 5 and one
     output, (q, k, v), batch = attention_over(windows, tokens, chunk=3)

@@ -274,7 +274,11 @@ class PolicyDriver(Driver):
 
 @pytest.mark.parametrize(
     ("name", "windows"),
-    [*((name, ONE) for name in POLICIES if name != "lru"), ("lineage", HYBRID[0]), ("scored", HYBRID[0])],
+    [
+        *((name, ONE) for name in POLICIES if name != "lru"),
+        ("lineage", HYBRID[0]),
+        pytest.param("scored", HYBRID[0], marks=pytest.mark.long),
+    ],
     ids=str,
 )
 def test_random_sequences_match_the_model(name, windows):
@@ -441,7 +445,9 @@ def test_scores_of_the_wrong_shape_or_type_are_told():
         pool.evict(state, jnp.int32(1), max_count=1, scores=policies.bind(policy, policy.init(4)))
 
 
-@pytest.mark.parametrize("name", POLICIES)
+@pytest.mark.parametrize(
+    "name", ["lineage", *(pytest.param(name, marks=pytest.mark.long) for name in POLICIES if name != "lineage")]
+)
 def test_a_step_evicts_by_the_policy_what_it_has_just_released(name):
     d = PolicyDriver(ONE, name)
     d.start([0, 1], [[0, 0, 0, 0], [1, 1, 1, 1]], [T * 4, T * 4])

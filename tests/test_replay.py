@@ -91,6 +91,7 @@ def test_synthetic_conversations_by_every_policy(policy):
 
 
 @pytest.mark.core
+@pytest.mark.long
 def test_a_comparison_is_of_single_replays(tmp_path):
     requests = conversations(6, requests=100, longest=26, id_bits=32)
     files = [write(tmp_path / "a.jsonl", requests[:60]), write(tmp_path / "b.jsonl", requests[60:])]
@@ -266,7 +267,9 @@ def test_the_conversation_trace(num_blocks, hits, evictions):
 @pytest.mark.timeout(900)
 @pytest.mark.skipif(not CONVERSATION.exists(), reason=f"no conversation trace in {TRACES}; set KVBM_TRACES")
 @pytest.mark.parametrize("policy", TWINS)
-@pytest.mark.parametrize("num_blocks", [1_000, 4_000, 10_000, 50_000])
+@pytest.mark.parametrize(
+    "num_blocks", [1_000, 10_000, *(pytest.param(n, marks=pytest.mark.soak) for n in (4_000, 50_000))]
+)
 def test_the_conversation_trace_by_every_policy(policy, num_blocks):
     requests = [ids.tolist() for ids in traces.read(CONVERSATION)]
     result = check(requests, num_blocks, policy)

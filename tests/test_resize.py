@@ -167,6 +167,7 @@ def test_equals_the_oracle_in_random_traces(seed):
     assert refused < 25
 
 
+@pytest.mark.long  # it compiles for many sizes
 def test_only_blocks_beyond_the_new_size_move():
     state, blocks = with_registered(pool.init(8), range(5))  # blocks 0 to 4
     state = release(state, blocks[:2])
@@ -191,6 +192,7 @@ def test_what_is_held_must_fit_and_a_refusal_leaves_the_former_pool():
     assert result.evicted.hashes.tolist()[0] == list(key(3))
 
 
+@pytest.mark.long  # it compiles for many sizes
 def test_holders_and_generations_stay_and_tables_follow():
     state, running = pool.init(10), empty(10)
     start = jax.jit(sequences.start)
@@ -216,6 +218,7 @@ def test_holders_and_generations_stay_and_tables_follow():
     assert tuple(map(int, pool.stats(resized))) == (4, 0, 1)
 
 
+@pytest.mark.long  # it compiles for many sizes
 def test_handles_stay_current_or_go_stale_for_good():
     """No sequence of resizes and grants makes an old handle current again."""
     state = pool.init(6)
@@ -265,6 +268,7 @@ def test_order_survives_near_the_wrap_of_positions():
     assert int(result.generation) == 2**32 - 1
 
 
+@pytest.mark.long  # it compiles for many sizes
 def test_groups_and_wider_tables():
     state, running = pool.init(12), empty(12, (Group(), Group()))
     state, running, _ = jax.jit(sequences.start)(
@@ -280,6 +284,7 @@ def test_groups_and_wider_tables():
     invariants.assert_holds(resized)
 
 
+@pytest.mark.long  # it compiles for many sizes
 def test_windows_that_have_passed_stay_passed():
     state, running = pool.init(12), empty(12, (Group(), Group(window=4)))
     state, running, _ = jax.jit(sequences.start)(

@@ -20,6 +20,8 @@ R, M = 2, 3  # rows and hashes of a call
 MAX_BLOCKS = 2
 ONE, TWO = (None,), (None, None)  # the windows of each group
 HYBRID = [(None, 6), (5,), (10, None, 2), (1, 9)]  # the second is a state-space group
+# Each is programs of its own, which take longer to compile than to run.
+WINDOWS = [ONE, TWO, HYBRID[2], *(pytest.param(HYBRID[i], marks=pytest.mark.long) for i in (0, 1, 3))]
 BLOCKS = {windows: 3 + sum(7 if w is None else 5 for w in windows) for windows in (ONE, TWO, *HYBRID)}  # of the pool
 OK = Status.OK
 
@@ -441,7 +443,7 @@ def walk(d, rng, steps, *, hybrid=False):
     return seen
 
 
-@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("seed", range(2))
 def test_random_steps_match_the_model(windows, seed):
     hybrid = windows in HYBRID

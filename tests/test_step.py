@@ -13,6 +13,7 @@ from test_sequences import (
     MAX_BLOCKS,
     ONE,
     TWO,
+    WINDOWS,
     B,
     M,
     Model,
@@ -238,7 +239,7 @@ class Server:
         return told
 
 
-@pytest.mark.parametrize("windows", [ONE, TWO, *HYBRID], ids=str)
+@pytest.mark.parametrize("windows", WINDOWS, ids=str)
 @pytest.mark.parametrize("seed", range(3))
 def test_random_steps_are_the_verbs_in_turn(windows, seed):
     server = Server(Driver(windows), [len(windows), seed])
