@@ -1,13 +1,16 @@
 """Events: what happens to blocks, told to routers, other workers and people.
 
 `schema` says what an event is, `publisher` numbers and stamps them, `bus` carries them within this process, `sinks` has
-the two trivial receivers. Network transports are floor 5 and not imported from here.
+the two trivial receivers. `prefix_index` is what a router believes, `snapshot` what it is told first. Network
+transports are floor 5 and not imported from here.
 """
 
 from kvbm_jax.events.bus import EventBus, EventGap, Subscription
+from kvbm_jax.events.prefix_index import Holder, IndexStats, Overlap, PrefixIndex
 from kvbm_jax.events.publisher import EventPublisher
 from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEvent, KvEventBatch
 from kvbm_jax.events.sinks import NullEventSink, RecordingEventSink
+from kvbm_jax.events.snapshot import WorkerSnapshot
 
 __all__ = [
     "SCHEMA_VERSION",
@@ -17,6 +20,11 @@ __all__ = [
     "EventBus",
     "EventGap",
     "EventPublisher",
+    "Holder",
+    "IndexStats",
+    "Overlap",
+    "PrefixIndex",
+    "WorkerSnapshot",
     "Subscription",
     "NullEventSink",
     "RecordingEventSink",
