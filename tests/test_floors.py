@@ -57,11 +57,11 @@ FLOORS = {
         "replay",
         "traces",
     ],
-    5: ["bench", "cli", "flax", "__main__"],
+    5: ["bench", "cli", "flax", "transports", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "concurrent", "io", "logging", "os", "pathlib", "socket", "threading", "time"}
-OPTIONAL = {"flax", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
+OPTIONAL = {"flax", "google", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
