@@ -17,4 +17,4 @@ class WorkerSnapshot(NamedTuple):
     worker_id: str
     next_event_id: int  # of the first event that is not in it
     timestamp: int  # ns since the Unix epoch: when it was taken
-    batches: tuple[KvEventBatch, ...]  # `created` alone, parents before children
+    batches: tuple[KvEventBatch, ...]  # `created` alone, parents before children; their ids mean nothing
