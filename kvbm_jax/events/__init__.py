@@ -1,16 +1,19 @@
 """Events: what happens to blocks, told to routers, other workers and people.
 
 `schema` says what an event is, `publisher` numbers and stamps them, `bus` carries them within this process, `sinks` has
-the two trivial receivers. `prefix_index` is what a router believes, `snapshot` what it is told first. `codec`,
-`native`, `engine` and `dynamo` turn batches into messages and back. Transports beyond the process are floor 5
-(`kvbm_jax.transports`) and not imported from here.
+the two trivial receivers. `prefix_index` is what a router believes, `snapshot` what it is told first. `consolidator`
+makes one stream of several sources, `parent_gate` one that peers with trees can follow. `codec`, `native`, `engine` and
+`dynamo` turn batches into messages and back. Transports beyond the process are floor 5 (`kvbm_jax.transports`) and not
+imported from here.
 """
 
 from kvbm_jax.events.bus import EventBus, EventGap, Subscription
 from kvbm_jax.events.codec import EventCodec
+from kvbm_jax.events.consolidator import Consolidation, Consolidator, EventSource
 from kvbm_jax.events.dynamo import DynamoCodec
 from kvbm_jax.events.engine import EngineCodec
 from kvbm_jax.events.native import JsonCodec, MsgpackCodec
+from kvbm_jax.events.parent_gate import ParentGate
 from kvbm_jax.events.prefix_index import Holder, IndexStats, Overlap, PrefixIndex
 from kvbm_jax.events.publisher import EventPublisher
 from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEvent, KvEventBatch
@@ -30,6 +33,10 @@ __all__ = [
     "Overlap",
     "PrefixIndex",
     "WorkerSnapshot",
+    "Consolidation",
+    "Consolidator",
+    "EventSource",
+    "ParentGate",
     "Subscription",
     "EventCodec",
     "MsgpackCodec",
