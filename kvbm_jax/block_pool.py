@@ -10,94 +10,23 @@ leaves this module is copied, since a living view of donated state would turn th
 """
 
 from collections import abc
-from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, Final
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax import grants, pool, sequences, step
-from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, OutOfBlocksError, SequenceTooLongError
-from kvbm_jax.resize import ResizeResult, inactive_blocks
-from kvbm_jax.resize import resize as resize_pool
+from kvbm_jax import grants, pool, programs, sequences
+from kvbm_jax import step as step_verb
+from kvbm_jax.errors import BlockStateError, ConfigError, OutOfBlocksError, SequenceTooLongError
+from kvbm_jax.outcomes import BlockCounts, EvictedBlocks, Registered, Started, Stepped, Unshared
+from kvbm_jax.programs import pad, round_up
+from kvbm_jax.resize_plan import Resized, plan_resize
 from kvbm_jax.types import Status
 
-__all__ = [
-    "BlockCounts",
-    "BlockPool",
-    "EvictedBlocks",
-    "Registered",
-    "Resized",
-    "Started",
-    "Stepped",
-    "Unshared",
-    "cpu_device",
-    "try_seeds",
-]
+__all__ = ["BlockPool"]
 
-_SEEDS = 8
-_STEP = 8  # the least padded size of what a step names
-
-
-class BlockCounts(NamedTuple):
-    """Numbers of blocks by state; they sum to the size of the pool."""
-
-    reset: int
-    inactive: int  # cached, evictable
-    held: int
-
-
-class EvictedBlocks(NamedTuple):
-    """Blocks that lost their contents, in order of eviction."""
-
-    block_ids: NDArray[np.int32]  # [E]
-    hashes: NDArray[np.uint32]  # [E, 4]
-
-
-class Started(NamedTuple):
-    """A sequence that has its blocks."""
-
-    num_cached: int  # tokens found in the cache
-    evicted: EvictedBlocks
-
-
-class Registered(NamedTuple):
-    """What a registration did, one entry for each block that was asked for."""
-
-    block_ids: NDArray[np.int32]  # [M]: the canonical blocks
-    new: NDArray[np.bool_]  # [M]: newly findable
-
-
-class Stepped(NamedTuple):
-    """What a step did."""
-
-    statuses: NDArray[np.int32]  # [X], of the rows that grow
-    block_ids: NDArray[np.int32]  # [P]: the canonical block of each completed one
-    new: NDArray[np.bool_]  # [P]: newly findable
-    done: NDArray[np.bool_]  # [P]: False where the index was full; `BlockPool.register` makes room in it
-    evicted: EvictedBlocks
-
-
-class Unshared(NamedTuple):
-    """Tails that were replaced: blocks to copy before anything else is written, one entry a row, padded with N."""
-
-    sources: NDArray[np.int32]  # [B]
-    targets: NDArray[np.int32]  # [B]
-    evicted: EvictedBlocks
-
-
-class Resized(NamedTuple):
-    """A pool of M blocks that is to take the place of one of N: see `BlockPool.plan_resize`."""
-
-    state: pool.PoolState
-    running: sequences.SequenceBatch
-    new_ids: NDArray[np.int32]  # [N]: what each block is called in it, M where it is gone
-    sources: NDArray[np.int32]  # [M]: what each block was called, N where it holds nothing: for `cache.resize_blocks`
-    evicted: EvictedBlocks  # what no longer fits
-    handles: dict[tuple[int, int], tuple[int, int]]  # (block, generation) of blocks that move, before and after
-    generation: np.uint32
+_STEP: Final = 8  # the least padded size of what a step names
 
 
 class BlockPool:
@@ -115,7 +44,7 @@ class BlockPool:
     """
 
     def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, max_blocks: int) -> None:
-        self._device = cpu_device()
+        self._device = programs.cpu_device()
         with jax.default_device(self._device):
             state = pool.init(num_blocks)
             running = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
@@ -143,12 +72,12 @@ class BlockPool:
 
     def stats(self) -> BlockCounts:
         """Returns the numbers of blocks by state."""
-        return BlockCounts(*(int(n) for n in _stats(self._pool)))
+        return BlockCounts(*(int(n) for n in programs.stats(self._pool)))
 
     def match(self, hashes: NDArray[np.uint32]) -> int:
         """Returns how many leading hashes, u32[M, 4], are resident."""
         padded, count = self._pad_hashes(hashes)
-        return int(np.asarray(_match(self._pool, padded[None], count[None]).num_blocks)[0])
+        return int(np.asarray(programs.match(self._pool, padded[None], count[None]).num_blocks)[0])
 
     def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> Started:
         """Gives a sequence of `num_tokens` its blocks; the first `num_hashes` hashes may be found cached.
@@ -162,11 +91,11 @@ class BlockPool:
         padded, _ = self._pad_hashes(hashes[:num_hashes])
         result = self._start(row, padded, num_hashes, num_tokens)
         self.require(np.asarray(result.status)[0], blocks=-(-num_tokens // self.sequences.block_size))
-        return Started(int(np.asarray(result.num_cached)[0]), _evicted(result.evicted))
+        return Started(int(np.asarray(result.num_cached)[0]), EvictedBlocks.of(result.evicted))
 
     def _start(self, row: int, padded: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> sequences.StartResult:
         result: sequences.StartResult
-        self._pool, self.sequences, result = _start(
+        self._pool, self.sequences, result = programs.start(
             self._pool,
             self.sequences,
             np.array([row], np.int32),
@@ -179,12 +108,12 @@ class BlockPool:
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
         """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
         bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
-        self._pool, self.sequences, result = _extend(self._pool, self.sequences, num_tokens, max_blocks=bound)
-        return np.array(result.status), _evicted(result.evicted)
+        self._pool, self.sequences, result = programs.extend(self._pool, self.sequences, num_tokens, max_blocks=bound)
+        return np.array(result.status), EvictedBlocks.of(result.evicted)
 
     def fork(self, source: int, row: int) -> None:
         """Begins a copy of the sequence of row `source`, in the empty row `row`; all blocks are shared."""
-        self._pool, self.sequences, status = _fork(
+        self._pool, self.sequences, status = programs.fork(
             self._pool, self.sequences, np.array([source], np.int32), np.array([row], np.int32)
         )
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
@@ -198,9 +127,11 @@ class BlockPool:
         self._make_room(len(rows))
         mask = np.zeros((self.max_sequences,), np.bool_)
         mask[rows] = True
-        self._pool, self.sequences, result = _unshare(self._pool, self.sequences, mask)
+        self._pool, self.sequences, result = programs.unshare(self._pool, self.sequences, mask)
         copied = Unshared(
-            np.asarray(result.sources)[:, 0].copy(), np.asarray(result.targets)[:, 0].copy(), _evicted(result.evicted)
+            np.asarray(result.sources)[:, 0].copy(),
+            np.asarray(result.targets)[:, 0].copy(),
+            EvictedBlocks.of(result.evicted),
         )
         for row in rows:
             self.require(np.asarray(result.status)[row], blocks=len(rows))
@@ -213,7 +144,7 @@ class BlockPool:
         self._make_room(surplus)
         lengths[row] = length
         bound = 1 << (max(surplus, 1) - 1).bit_length()
-        self._pool, self.sequences, status = _trim(self._pool, self.sequences, lengths, max_blocks=bound)
+        self._pool, self.sequences, status = programs.trim(self._pool, self.sequences, lengths, max_blocks=bound)
         self.require(np.asarray(status)[row], blocks=surplus)
 
     def reserve(self, count: int, max_blocks: int | None = None) -> tuple[grants.Grant, EvictedBlocks]:
@@ -222,10 +153,10 @@ class BlockPool:
         Raises:
           OutOfBlocksError: if there are not as many.
         """
-        bound = _round_up(count) if max_blocks is None else max_blocks
-        self._pool, result = _reserve(self._pool, np.int32(count), max_blocks=bound)
+        bound = round_up(count) if max_blocks is None else max_blocks
+        self._pool, result = programs.reserve(self._pool, np.int32(count), max_blocks=bound)
         self.require(result.status, blocks=count)
-        return result.grant, _evicted(result.evicted)
+        return result.grant, EvictedBlocks.of(result.evicted)
 
     def adopt(self, rows: list[int], running: sequences.SequenceBatch, block_ids: NDArray[np.int32]) -> None:
         """Takes rows over from a compiled loop.
@@ -237,17 +168,17 @@ class BlockPool:
         """
         mask = np.zeros((self.max_sequences,), np.bool_)
         mask[rows] = True
-        self.sequences = _merge(self.sequences, jax.device_put(running, self._device), mask)
+        self.sequences = programs.adopt_rows(self.sequences, jax.device_put(running, self._device), mask)
         taken = np.isin(block_ids, np.asarray(self.sequences.block_tables)[:, mask])
         left = block_ids[~taken]
-        self._pool, status = _free(self._pool, self._pad_blocks(left))
+        self._pool, status = programs.free(self._pool, self._pad_blocks(left))
         self.require(np.asarray(status)[0], blocks=len(left))
 
     def register(self, row: int, hashes: NDArray[np.uint32], first: int) -> Registered:
         """Registers the blocks of a row from index `first` on under hashes u32[M, 4]."""
         padded, _ = self._pad_hashes(hashes)
         new = np.zeros((len(hashes),), np.bool_)
-        for _ in range(_SEEDS):
+        for _ in range(programs.SEEDS):
             result = self._register(row, padded, first, len(hashes))
             new |= np.asarray(result.registered)[0, 0, : len(hashes)]
             status = np.asarray(result.status)[0, 0, : len(hashes)]
@@ -260,7 +191,7 @@ class BlockPool:
 
     def _register(self, row: int, padded: NDArray[np.uint32], first: int, count: int) -> sequences.RegisterResult:
         result: sequences.RegisterResult
-        self._pool, self.sequences, result = _register(
+        self._pool, self.sequences, result = programs.register(
             self._pool,
             self.sequences,
             np.array([row], np.int32),
@@ -273,7 +204,7 @@ class BlockPool:
     def release(self, row: int) -> None:
         """Ends the sequence of a row."""
         self._make_room(self.num_blocks(row))
-        self._pool, self.sequences, status = _release(self._pool, self.sequences, np.array([row], np.int32))
+        self._pool, self.sequences, status = programs.release(self._pool, self.sequences, np.array([row], np.int32))
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def step(
@@ -299,24 +230,24 @@ class BlockPool:
         self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])) + len(complete))
         nobody = self.max_sequences
         rows, places = np.array(complete, np.int32).reshape(-1, 2).T
-        padded = np.zeros((_round_up(len(complete), _STEP), 4), np.uint32)
+        padded = np.zeros((round_up(len(complete), _STEP), 4), np.uint32)
         padded[: len(hashes)] = hashes
         # No row starts: a prefix may have to come up from the tiers first.
         fields: dict[str, Any] = {
-            "ending": _padded(ending, nobody, _STEP),
+            "ending": pad(ending, nobody, _STEP),
             "starting": np.full((1,), nobody, np.int32),
             "hashes": np.zeros((1, 1, 4), np.uint32),
             "num_hashes": np.zeros((1,), np.int32),
             "num_tokens": np.zeros((1,), np.int32),
-            "growing": _padded(list(growing), nobody, _STEP),
-            "new_tokens": _padded(list(growing.values()), 0, _STEP),
-            "complete_rows": _padded(rows, nobody, _STEP),
-            "complete_places": _padded(places, 0, _STEP),
+            "growing": pad(list(growing), nobody, _STEP),
+            "new_tokens": pad(list(growing.values()), 0, _STEP),
+            "complete_rows": pad(rows, nobody, _STEP),
+            "complete_places": pad(places, 0, _STEP),
             "complete_hashes": padded,
         }
-        plan = step.StepPlan(**fields)
+        plan = step_verb.StepPlan(**fields)
         bound = 1 << max(max_blocks - 1, 0).bit_length()
-        self._pool, self.sequences, result = _step(self._pool, self.sequences, plan, max_blocks=bound)
+        self._pool, self.sequences, result = programs.step(self._pool, self.sequences, plan, max_blocks=bound)
         status = np.asarray(result.register_status)[0, : len(complete)]
         done = status != Status.INDEX_FULL
         for code in status[done]:
@@ -326,7 +257,7 @@ class BlockPool:
             np.asarray(self.sequences.block_tables)[0, rows, places],
             np.array(result.registered)[0, : len(complete)],
             done,
-            _evicted(result.evicted),
+            EvictedBlocks.of(result.evicted),
         )
 
     def table(self, row: int) -> NDArray[np.int32]:
@@ -368,10 +299,10 @@ class BlockPool:
         Raises:
           OutOfBlocksError: if there are not as many.
         """
-        self._pool, result = _allocate(self._pool, np.array([count], np.int32), max_blocks=_round_up(count))
+        self._pool, result = programs.allocate(self._pool, np.array([count], np.int32), max_blocks=round_up(count))
         self.require(np.asarray(result.status)[0], blocks=count)
         block_ids = np.asarray(result.block_ids)[0, :count].copy()
-        return block_ids, np.asarray(self._pool.generations)[block_ids], _evicted(result.evicted)
+        return block_ids, np.asarray(self._pool.generations)[block_ids], EvictedBlocks.of(result.evicted)
 
     def is_current(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> bool:
         """Tells whether every handle is current and held."""
@@ -394,7 +325,7 @@ class BlockPool:
         repeated = len(block_ids) - len(np.unique(block_ids))
         if repeated:
             raise BlockStateError(f"{repeated} of {len(block_ids)} blocks are named twice; free each block once")
-        self._pool, status = _free(self._pool, self._pad_blocks(block_ids))
+        self._pool, status = programs.free(self._pool, self._pad_blocks(block_ids))
         self.require(np.asarray(status)[0], blocks=len(block_ids))
 
     def reset_blocks(self) -> NDArray[np.int32]:
@@ -404,13 +335,13 @@ class BlockPool:
     def evict(self, count: int | None = None) -> EvictedBlocks:
         """Resets the `count` least recently released inactive blocks, or all of them."""
         wanted = self.stats().inactive if count is None else count
-        self._pool, result = _evict(self._pool, np.int32(wanted), max_count=_round_up(max(wanted, 1)))
-        return _evicted(result)
+        self._pool, result = programs.evict(self._pool, np.int32(wanted), max_count=round_up(max(wanted, 1)))
+        return EvictedBlocks.of(result)
 
     def inactive_blocks(self) -> NDArray[np.int32]:
         """Returns the cached blocks that nobody holds, i32[n], in the order of their eviction."""
         count = self.stats().inactive
-        listed = _inactive_blocks(self._pool, max_count=min(_round_up(count), self._pool.num_blocks))
+        listed = programs.inactive_blocks(self._pool, max_count=min(round_up(count), self._pool.num_blocks))
         return np.asarray(listed)[:count].copy()
 
     def resize(self, num_blocks: int, max_blocks: int | None = None) -> Resized:
@@ -420,7 +351,7 @@ class BlockPool:
         return plan
 
     def plan_resize(self, num_blocks: int, max_blocks: int | None = None) -> Resized:
-        """Makes a pool of another size beside this one, which does not change; see `kvbm_jax.resize`.
+        """Makes a pool of another size beside this one, which does not change; see `resize_plan.plan_resize`.
 
         Args:
           num_blocks: of the new pool.
@@ -431,33 +362,22 @@ class BlockPool:
           SequenceTooLongError: if a sequence has more blocks than a table then.
           LayoutError: if `num_blocks` is out of range.
         """
-        before = np.array(self._pool.generations)
-
-        def attempt(seed: np.uint32) -> tuple[tuple[pool.PoolState, sequences.SequenceBatch, ResizeResult], bool]:
-            made = _resize(
-                self._pool,
-                self.sequences,
-                num_blocks,
-                max_blocks=max_blocks,
-                seed=seed,
-                generation=self._generation,
-            )
-            return made, int(made[2].status) != Status.INDEX_FULL
-
-        state, running, result = try_seeds(attempt, first=self._seed)
-        if int(result.status) == Status.OUT_OF_BLOCKS:
-            held = self.stats().held
+        planned = plan_resize(
+            self._pool,
+            self.sequences,
+            num_blocks,
+            max_blocks=max_blocks,
+            seed=self._seed,
+            generation=self._generation,
+        )
+        if planned.status is Status.OUT_OF_BLOCKS:
+            held, before = self.stats().held, self._pool.num_blocks
             raise OutOfBlocksError(
-                f"{held} of {len(before)} blocks are held, more than num_blocks = {num_blocks}; release sequences or "
+                f"{held} of {before} blocks are held, more than num_blocks = {num_blocks}; release sequences or "
                 "blocks first, or shrink to no less"
             )
-        self.require(result.status, blocks=self.longest)
-        new_ids, after = np.array(result.new_ids), np.asarray(state.generations)
-        moved = np.flatnonzero((new_ids != np.arange(len(before))) & (new_ids < num_blocks))
-        handles = {(int(b), int(before[b])): (int(new_ids[b]), int(after[new_ids[b]])) for b in moved}
-        evicted = _evicted(result.evicted)
-        generation = np.uint32(result.generation)
-        return Resized(state, running, new_ids, np.array(result.sources), evicted, handles, generation)
+        self.require(planned.status, blocks=self.longest)
+        return planned
 
     def carry_out(self, plan: Resized) -> None:
         """Takes over what `plan_resize` has made; nothing else may have been called since."""
@@ -477,7 +397,7 @@ class BlockPool:
         if blocks > counts.reset + counts.inactive:
             self.require(np.int32(Status.OUT_OF_BLOCKS), blocks=blocks)
 
-    def require(self, status: jax.Array | np.generic, *, blocks: int) -> None:
+    def require(self, status: jax.Array | np.generic | int, *, blocks: int) -> None:
         """Raises the error that a status stands for, if any; `blocks` is what was asked, for the message."""
         code = Status(int(status))
         if code is Status.OK:
@@ -504,117 +424,34 @@ class BlockPool:
             self.match(padded)
             self._start(nobody, padded, 0, 0)
             self._register(nobody, padded, 0, 0)
-        self._pool, self.sequences, _ = _release(self._pool, self.sequences, np.array([nobody], np.int32))
+        self._pool, self.sequences, _ = programs.release(self._pool, self.sequences, np.array([nobody], np.int32))
         self.step([], {}, [], np.zeros((0, 4), np.uint32), 0)
 
     def _rehash(self) -> None:
         def attempt(seed: np.uint32) -> tuple[pool.PoolState, bool]:
-            rebuilt, left = _rehash(self._pool, seed)
+            rebuilt, left = programs.rehash(self._pool, seed)
             return rebuilt, int(left) == 0
 
-        self._pool = try_seeds(attempt, first=self._seed + 1)
+        self._pool = programs.try_seeds(attempt, first=self._seed + 1)
         self._seed = int(self._pool.index.seed)
 
     def _check(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> NDArray[np.int32]:
         padded = self._pad_blocks(block_ids)[0]
         wanted = np.zeros(padded.shape, np.uint32)
         wanted[: len(generations)] = generations
-        return np.asarray(_check(self._pool, padded, wanted))[: len(block_ids)]
+        return np.asarray(programs.check_generations(self._pool, padded, wanted))[: len(block_ids)]
 
     def _make_room(self, pushes: int) -> None:
         if pushes > self._room:
-            self._pool = _compact(self._pool)
+            self._pool = programs.compact(self._pool)
             self._room = int(pool.release_room(self._pool))
         self._room -= pushes
 
     def _pad_blocks(self, block_ids: NDArray[np.int32]) -> NDArray[np.int32]:
-        return _padded(block_ids, self._pool.num_blocks)[None]
+        return pad(block_ids, self._pool.num_blocks)[None]
 
     def _pad_hashes(self, hashes: NDArray[np.uint32]) -> tuple[NDArray[np.uint32], NDArray[np.int32]]:
         count = min(len(hashes), self.max_blocks)
-        padded = np.zeros((min(_round_up(count), self.max_blocks), 4), np.uint32)
+        padded = np.zeros((min(round_up(count), self.max_blocks), 4), np.uint32)
         padded[:count] = hashes[:count]
         return padded, np.array(count, np.int32)
-
-
-def cpu_device() -> jax.Device:
-    """Returns JAX's CPU device, where bookkeeping lives.
-
-    Raises:
-      ConfigError: if JAX_PLATFORMS hides it.
-    """
-    try:
-        return jax.local_devices(backend="cpu")[0]
-    except (RuntimeError, AssertionError) as error:  # an assertion of JAX's own where a platform has no plugin
-        raise ConfigError(
-            f"the pool's bookkeeping lives on JAX's CPU device, which is hidden ({error}); "
-            "set JAX_PLATFORMS=cuda,cpu, or unset it"
-        ) from error
-
-
-def _evicted(result: pool.Evicted) -> EvictedBlocks:
-    count = int(result.num_blocks)
-    return EvictedBlocks(np.asarray(result.block_ids)[:count].copy(), np.asarray(result.hashes)[:count].copy())
-
-
-def try_seeds[T](attempt: abc.Callable[[np.uint32], tuple[T, bool]], first: int) -> T:
-    """Builds a hash index with one seed after the other.
-
-    Args:
-      attempt: returns what it made, and whether all keys found a place.
-      first: the first seed.
-
-    Raises:
-      KvbmError: if there was no such seed; that is not by chance.
-    """
-    for seed in range(first, first + _SEEDS):
-        made, fits = attempt(np.uint32(seed))
-        if fits:
-            return made
-    raise KvbmError(f"the block index takes no more keys after {_SEEDS} seeds; please report this")
-
-
-def _round_up(count: int, least: int = 32) -> int:
-    """The padded size of a call, one of few so that few programs are compiled."""
-    size = least
-    while size < count:
-        size *= 8
-    return size
-
-
-def _padded(values: abc.Sequence[int] | NDArray[np.int32], fill: int, least: int = 32) -> NDArray[np.int32]:
-    padded = np.full((_round_up(len(values), least),), fill, np.int32)
-    padded[: len(values)] = values
-    return padded
-
-
-def _merge_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask: jax.Array) -> sequences.SequenceBatch:
-    """Takes the rows under bool[B] from `new`, the others from `old`."""
-    return replace(
-        old,
-        block_tables=jnp.where(mask[None, :, None], new.block_tables, old.block_tables),
-        lengths=jnp.where(mask, new.lengths, old.lengths),
-        num_blocks=jnp.where(mask, new.num_blocks, old.num_blocks),
-    )
-
-
-_merge = jax.jit(_merge_rows)
-_stats = jax.jit(pool.stats)
-_check = jax.jit(pool.check_generations)
-_match = jax.jit(pool.match)
-_start = jax.jit(sequences.start, donate_argnums=0)
-_extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_blocks")
-_register = jax.jit(sequences.register, donate_argnums=0)
-_release = jax.jit(sequences.release, donate_argnums=0)
-_step = jax.jit(step.step, donate_argnums=0, static_argnames="max_blocks")
-_fork = jax.jit(sequences.fork, donate_argnums=0)
-_unshare = jax.jit(sequences.unshare, donate_argnums=0)
-_trim = jax.jit(sequences.trim, donate_argnums=0, static_argnames="max_blocks")
-_reserve = jax.jit(grants.reserve, donate_argnums=0, static_argnames="max_blocks")
-_allocate = jax.jit(pool.allocate, donate_argnums=0, static_argnames="max_blocks")
-_free = jax.jit(pool.release, donate_argnums=0)
-_evict = jax.jit(pool.evict, donate_argnums=0, static_argnames="max_count")
-_compact = jax.jit(pool.compact, donate_argnums=0)
-_rehash = jax.jit(pool.rehash)
-_resize = jax.jit(resize_pool, static_argnums=2, static_argnames="max_blocks")
-_inactive_blocks = jax.jit(inactive_blocks, static_argnames="max_count")

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import grants
-from kvbm_jax.block_pool import BlockPool, EvictedBlocks, Resized, Stepped
+from kvbm_jax.block_pool import BlockPool
 from kvbm_jax.cache import KVCache, copy_blocks, regroup_tokens, resize_blocks, scrub_blocks
 from kvbm_jax.device_cache import DeviceCache
 from kvbm_jax.errors import BlockStateError, ConfigError
@@ -20,9 +20,11 @@ from kvbm_jax.handles import Hasher, Sequence
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import staging
 from kvbm_jax.offload.engine import FlushReport
+from kvbm_jax.outcomes import EvictedBlocks, Stepped
 from kvbm_jax.protocols import Clock, MetricsSink, Tier
 from kvbm_jax.reblock import ReblockPlan, Running, build_pool, plan_reblock
 from kvbm_jax.residency import Residency
+from kvbm_jax.resize_plan import Resized
 
 __all__ = ["DeviceTier"]
 

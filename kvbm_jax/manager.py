@@ -15,8 +15,6 @@ the world by events. The server runs its own compiled programs on the cache that
 Calls are made from one thread. Subscriptions to events may be read from others.
 """
 
-import collections
-import contextlib
 import functools
 import logging
 import time
@@ -30,28 +28,31 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from kvbm_jax import grants
+from kvbm_jax.admission import Admission, Prepared
 from kvbm_jax.agreement import Agreement, agree_alone
-from kvbm_jax.block_pool import BlockCounts
 from kvbm_jax.cache import KVCache
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_tier import DeviceTier
-from kvbm_jax.errors import BlockStateError, CacheLostError, ConfigError, SequenceTooLongError
+from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
+from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
 from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.layout import KVLayout
-from kvbm_jax.ledger import GrantLedger
+from kvbm_jax.loops import Loops
+from kvbm_jax.loose_blocks import LooseBlocks
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
-from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine
+from kvbm_jax.offload.engine import FlushReport
+from kvbm_jax.outcomes import BlockCounts
+from kvbm_jax.progress import Progress
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.residency import Residency
+from kvbm_jax.roster import Roster
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
-from kvbm_jax.tiers import identity_of, open_stores
-from kvbm_jax.types import Status
+from kvbm_jax.tiers import open_engine
 
 __all__ = ["BlockManager"]
 
@@ -113,8 +114,6 @@ class BlockManager:
             raise ConfigError(
                 f"max_sequences is {max_sequences} and max_sequence_tokens {limit}; both must be at least 1"
             )
-        self._max_sequences = max_sequences
-        self._agreement = agreement
         self._metrics: MetricsSink = NullMetrics() if metrics is None else GuardedMetrics(metrics)
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
@@ -126,10 +125,10 @@ class BlockManager:
             clock=self._clock,
         )
         self._hasher = Hasher(config.block_size, config.hash_algorithm)
-        self._running: dict[int, Sequence] = {}
-        self._ledger = GrantLedger()
         self._closed = False
-        engine = self._open_engine(layout, stores)
+        engine = open_engine(
+            config, layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
+        )
         try:
             self._device = DeviceTier(
                 layout,
@@ -143,25 +142,11 @@ class BlockManager:
             if engine is not None:
                 engine.close(0)
             raise
-
-    def _open_engine(self, layout: KVLayout, stores: abc.Sequence[BlockStore] | None) -> OffloadEngine | None:
-        with contextlib.ExitStack() as opened:
-            if stores is None:
-                stores = open_stores(self.config, layout, self._clock)
-                for store in stores:
-                    opened.callback(store.close)
-            if not stores:
-                return None
-            engine = OffloadEngine(
-                layout,
-                stores,
-                identity=identity_of(self.config, layout),
-                publisher=self._publisher,
-                metrics=self._metrics,
-                clock=self._clock,
-            )
-            opened.pop_all()
-        return engine
+        self._roster = Roster(max_sequences)
+        self._progress = Progress(self._device, self._roster)
+        self._admission = Admission(self._device, self._roster, self._progress, agreement)
+        self._loops = Loops(self._device, self._roster, self._progress)
+        self._loose = LooseBlocks(self._device)
 
     @property
     def layout(self) -> KVLayout:
@@ -226,64 +211,16 @@ class BlockManager:
           BlockStateError: if it is running, or `max_sequences` are.
         """
         self._check_open()
-        count, size = len(seq.tokens), self.layout.block_size
-        if not seq.released:
-            raise BlockStateError(f"the sequence of row {seq.row} is running; release it before it is begun again")
-        most = self._device.max_sequence_tokens
-        if not 1 <= count <= most:
-            raise SequenceTooLongError(
-                f"a prompt of {count} tokens; between 1 and {most} fit a sequence ({self._device.pool.max_blocks} "
-                f"blocks of {size}): shorten it, or raise num_blocks or max_sequence_tokens"
-            )
         if seq.hasher != self._hasher:  # it ran before `reblock`
             seq.rehash(self._hasher)
-        row, hashes = self._free_row(), seq.hash_blocks(count // size)
-        reusable = (count - 1) // size if seq.reuse else 0
-        resident = self._device.pool.match(hashes[:reusable]) if reusable else 0
-        loaded = None
-        if resident < reusable and self._device.residency.has_tiers:
-            # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
-            self._device.pool.require_room(-(-count // size) - resident)
-            loaded = self._device.residency.load(hashes[resident:reusable])
-        self._admit(seq, row, reusable, loaded)
-        self._metrics.count("kvbm_prefix_query_tokens_total", count)
+        self._admit(self._admission.prepare(seq))
+        self._metrics.count("kvbm_prefix_query_tokens_total", len(seq.tokens))
         for tier, found in seq.hits.items():
             self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
 
     @_whole
-    def _admit(self, seq: Sequence, row: int, reusable: int, loaded: Loaded | None) -> None:
-        """Gives a sequence a row and its blocks, and brings loaded ones into them."""
-        self._enter(seq, row)
-        try:
-            seq.num_cached = self._device.start(row, seq.hashes, reusable, len(seq.tokens))
-        except Exception:  # out of blocks, or what an event sink raises: the row is free again
-            self._leave(seq)
-            raise
-        seq.num_registered = seq.num_cached // self.layout.block_size
-        seq.hits = {Tier.G1: seq.num_cached}
-        if seq.num_registered < reusable and self._device.residency.has_tiers:
-            self._onboard(seq, loaded)
-
-    def _onboard(self, seq: Sequence, loaded: Loaded | None) -> None:
-        """Brings loaded blocks into a sequence that has just started, after what it found on the device."""
-        brought = () if loaded is None else self._bring_up(seq, loaded)
-        used, size = self._agreement(brought), self.layout.block_size
-        if used:
-            seq.num_cached += used * size
-            self._register(seq, seq.num_cached)
-            counts = collections.Counter(brought[:used])
-            seq.hits = {**seq.hits, **{tier: blocks * size for tier, blocks in sorted(counts.items())}}
-
-    def _bring_up(self, seq: Sequence, loaded: Loaded) -> tuple[Tier, ...]:
-        """Writes loaded blocks to the device; returns where those were found that lie there now."""
-        try:
-            self._device.onboard(seq.row, seq.num_registered, len(loaded.tiers), loaded.rows)
-        except CacheLostError:
-            raise
-        except Exception:  # noqa: BLE001 (no memory on the device, say: the blocks are computed instead)
-            _LOG.exception("%d blocks could not be brought up", len(loaded.tiers))
-            return ()
-        return loaded.tiers
+    def _admit(self, prepared: Prepared) -> None:
+        self._admission.admit(prepared)
 
     @_whole
     def fork(self, seq: Sequence) -> Sequence:
@@ -294,14 +231,7 @@ class BlockManager:
         Raises:
           BlockStateError: if it is not running, or `max_sequences` are.
         """
-        self._check_running(seq)
-        row = self._free_row()
-        self._device.pool.fork(seq.row, row)
-        copy = replace(seq, tokens=list(seq.tokens), may_share_tail=True)
-        seq.may_share_tail = True
-        self._enter(copy, row)
-        self._device.update_gauges()
-        return copy
+        return self._progress.fork(seq)
 
     @_whole
     def trim(self, seq: Sequence, num_tokens: int) -> None:
@@ -310,18 +240,7 @@ class BlockManager:
         Raises:
           BlockStateError: if it is not running, or has not as many tokens with a slot.
         """
-        self._check_running(seq)
-        length = self._device.pool.length(seq.row)
-        if not 0 <= num_tokens <= length:
-            raise BlockStateError(f"a sequence of {length} tokens cannot be rolled back to {num_tokens}")
-        self._device.pool.trim(seq.row, num_tokens)
-        whole = num_tokens // self.layout.block_size
-        del seq.tokens[num_tokens:]
-        seq.hashes = seq.hashes[:whole]
-        seq.num_cached = min(seq.num_cached, num_tokens)
-        seq.num_registered = min(seq.num_registered, whole)
-        seq.may_share_tail = True
-        self._device.update_gauges()
+        self._progress.trim(seq, num_tokens)
 
     def match(
         self,
@@ -344,19 +263,7 @@ class BlockManager:
           SequenceTooLongError: if a sequence would outgrow its table.
           BlockStateError: if a sequence is not running.
         """
-        counts = np.zeros((self._max_sequences,), np.int32)
-        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
-        for seq, new in added.items():
-            self._check_running(seq)
-            counts[seq.row] = len(new)
-        self._unshare([seq for seq, new in added.items() if new])
-        most = -(-int(counts.max(initial=0)) // self.layout.block_size) + 1
-        statuses = self._device.extend(counts, most)
-        for seq, new in added.items():
-            if statuses[seq.row] == Status.OK:
-                seq.tokens.extend(new)
-        for status in statuses:
-            self._device.pool.require(status, blocks=most)
+        self._progress.extend(tokens)
 
     @_whole
     def step(
@@ -380,55 +287,7 @@ class BlockManager:
           OutOfBlocksError: if blocks are lacking; those named before the first that lacks them have been extended.
           BlockStateError: if a sequence is not running, or named twice; nothing is done then.
         """
-        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
-        for seq in (*added, *ending):
-            self._check_running(seq)
-        if len({*added, *ending}) < len(added) + len(ending):
-            raise BlockStateError("a sequence is named twice; end it, or extend it")
-        size, pool = self.layout.block_size, self._device.pool
-        growth = {seq.row: len(new) for seq, new in added.items()}
-        most = max(pool.lacking(growth), default=0)
-        for seq in ending:
-            self._register(seq)
-        growing = [seq for seq, new in added.items() if new]
-        if any(seq.may_share_tail for seq in growing):
-            # Tails are copied before the step, but may need the blocks of what has ended.
-            for seq in ending:
-                self._release(seq)
-                self._leave(seq)
-            ending = ()
-            self._unshare(growing)
-
-        first = {seq: seq.num_registered for seq in added}
-        last = {seq: max(pool.length(seq.row) // size if seq.reuse else 0, first[seq]) for seq in added}
-        complete = [(seq, i) for seq in added for i in range(first[seq], last[seq])]
-        hashes = [seq.hash_blocks(last[seq])[first[seq] :] for seq in added if last[seq] > first[seq]]
-        stepped = self._device.step(
-            {seq.row: seq.hashes[: seq.num_registered] for seq in ending},
-            growth,
-            [(seq.row, i) for seq, i in complete],
-            np.concatenate(hashes) if hashes else np.zeros((0, 4), np.uint32),
-            most,
-        )
-        for seq in ending:
-            self._leave(seq)
-        for seq, status in zip(added, stepped.statuses, strict=True):
-            if status == Status.OK:
-                seq.tokens.extend(added[seq])
-        refused = {seq for (seq, _), done in zip(complete, stepped.done, strict=True) if not done}
-        for seq in added.keys() - refused:
-            seq.num_registered = last[seq]
-        named = zip(complete, stepped.block_ids, stepped.new, strict=True)
-        news = [(seq, seq.resident(i, int(block))) for (seq, i), block, new in named if new]
-        if news:
-            self._device.residency.registered([resident for _, resident in news])
-        found = dict.fromkeys(added, 0) | collections.Counter(seq for seq, _ in news)
-        for seq in refused:
-            found[seq] += self._register(seq)
-        self._device.update_gauges()
-        for seq, status in zip(added, stepped.statuses, strict=True):
-            pool.require(status, blocks=-(-len(added[seq]) // size))
-        return found
+        return self._progress.step(tokens, ending)
 
     @_whole
     def register(self, seq: Sequence, num_computed: int | None = None) -> int:
@@ -444,26 +303,9 @@ class BlockManager:
         Raises:
           BlockStateError: if the sequence is not running, or has fewer slots.
         """
-        count = self._register(seq, num_computed)
+        count = self._progress.register(seq, num_computed)
         self._device.update_gauges()
         return count
-
-    def _register(self, seq: Sequence, num_computed: int | None = None) -> int:
-        self._check_running(seq)
-        size, slots = self.layout.block_size, self._device.pool.length(seq.row)
-        computed = slots if num_computed is None else num_computed
-        if not 0 <= computed <= slots:
-            raise BlockStateError(f"{computed} tokens cannot be computed in a sequence that has {slots} slots")
-        first, last = seq.num_registered, computed // size
-        if last <= first or not seq.reuse:
-            return 0
-        done = self._device.pool.register(seq.row, seq.hash_blocks(last)[first:], first)
-        seq.num_registered = last
-        index = first + np.flatnonzero(done.new)
-        if len(index):
-            blocks = zip(index, done.block_ids[done.new], strict=True)
-            self._device.residency.registered([seq.resident(int(i), int(block)) for i, block in blocks])
-        return len(index)
 
     def release(self, seq: Sequence) -> None:
         """Ends a sequence; what it registered stays cached until it is evicted.
@@ -471,21 +313,22 @@ class BlockManager:
         Raises:
           BlockStateError: if it is not running (a double release).
         """
-        self._check_running(seq)
-        if not self._closed:
+        if self._closed:
+            self._roster.require(seq)
+            self._roster.leave(seq)
+        else:
             self._release(seq)
-        self._leave(seq)
 
     @_whole
     def _release(self, seq: Sequence) -> None:
-        self._device.release(seq.row, seq.hashes[: seq.num_registered])
+        self._progress.release(seq)
 
     # Compiled programs.
 
     @property
     def max_sequences(self) -> int:
         """How many sequences may run at once: rows of `sequences`."""
-        return self._max_sequences
+        return self._roster.max_sequences
 
     def warm_up(self) -> None:
         """Compiles the manager's own programs, so that the first requests do not wait for them."""
@@ -530,7 +373,7 @@ class BlockManager:
             raise
 
     @_whole
-    def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> grants.Grant:
+    def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> Grant:
         """Sets aside the blocks that sequences need to grow.
 
         The grant goes into a compiled loop beside `sequences`, where `kvbm_jax.grants.extend` draws on it; both come
@@ -546,19 +389,12 @@ class BlockManager:
           ConfigError: if the blocks exceed `max_blocks`, or a growth is negative.
           BlockStateError: if a sequence is not running.
         """
-        for seq in growth:
-            self._check_running(seq)
-        count = sum(self._device.pool.lacking({seq.row: num_tokens for seq, num_tokens in growth.items()}))
-        if max_blocks is not None and count > max_blocks:
-            raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
-        self._unshare([seq for seq, num_tokens in growth.items() if num_tokens])
-        grant = self._device.reserve(count, max_blocks)
-        return self._device.cache.beside(self._ledger.issue(grant, growth))
+        return self._loops.reserve(growth, max_blocks)
 
     @_whole
     def commit(
         self,
-        grant: grants.Grant,
+        grant: Grant,
         running: SequenceBatch,
         tokens: abc.Mapping[Sequence, abc.Sequence[int]],
     ) -> None:
@@ -579,27 +415,16 @@ class BlockManager:
             match its slots; nothing is taken over then.
           HashingError: if a token is no integer in [0, 2**32); nothing is taken over then.
         """
-        added = {seq: check_tokens(new).tolist() for seq, new in tokens.items()}
-        for seq in added:
-            self._check_running(seq)
-        settled = self._ledger.settle(grant, added, np.asarray(running.lengths))
-        self._device.pool.adopt(settled.rows, running, settled.block_ids)
-        for seq, new in added.items():
-            seq.tokens.extend(new)
-        for seq in added:
-            self._register(seq)
-        self._device.update_gauges()
+        self._loops.commit(grant, running, tokens)
 
     @_whole
-    def give_back(self, grant: grants.Grant) -> None:
+    def give_back(self, grant: Grant) -> None:
         """Takes a grant back whose loop did not run, or failed.
 
         Raises:
           BlockStateError: if the grant is spent.
         """
-        block_ids = self._ledger.withdraw(grant)
-        self._device.pool.adopt([], self._device.pool.sequences, block_ids)
-        self._device.update_gauges()
+        self._loops.give_back(grant)
 
     # Blocks outside sequences.
 
@@ -615,15 +440,7 @@ class BlockManager:
           OutOfBlocksError: if there are not as many free or evictable; none is granted then.
           ConfigError: if `count` is negative.
         """
-        if count < 0:
-            raise ConfigError(f"count is {count}; it must be at least 0")
-        block_ids, generations = self._device.allocate(count)
-        if scrub:
-            self._device.scrub(block_ids)
-        return [
-            Block(int(block), int(generation), self._device.pool, self._free_if_current)
-            for block, generation in zip(block_ids, generations, strict=True)
-        ]
+        return self._loose.allocate(count, scrub=scrub, on_free=self._free_if_current)
 
     @_whole
     def free_blocks(self, blocks: abc.Sequence[Block]) -> None:
@@ -632,17 +449,14 @@ class BlockManager:
         Raises:
           BlockStateError: if one was freed before or is named twice; none is freed then.
         """
-        self._device.pool.free(*self._columns(blocks))
-        self._device.update_gauges()
+        self._loose.free(blocks)
 
     def scrub(self) -> int:
         """Zeroes every block that holds nothing, and returns how many: what tenants that are gone have left.
 
         With `clear` before it, only what running sequences hold stays.
         """
-        block_ids = self._device.pool.reset_blocks()
-        self._device.scrub(block_ids)
-        return len(block_ids)
+        return self._loose.scrub()
 
     def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
         """Writes one layer of a block: [C, T, H, D], keys then values.
@@ -651,8 +465,7 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if shape or layer do not fit.
         """
-        self._device.pool.check(*self._columns([block]))
-        self._device.cache.store_layer(block.block_id, layer, data)
+        self._loose.store(block, layer, data)
 
     def load_kv(self, block: Block, layer: int) -> jax.Array:
         """Reads one layer of a block: [C, T, H, D], keys then values.
@@ -661,8 +474,7 @@ class BlockManager:
           BlockStateError: if the handle is stale.
           LayoutError: if the layer does not exist.
         """
-        self._device.pool.check(*self._columns([block]))
-        return self._device.cache.load_layer(block.block_id, layer)
+        return self._loose.load(block, layer)
 
     # Events, numbers, the end.
 
@@ -710,7 +522,7 @@ class BlockManager:
           BlockStateError: if a grant is under way.
           In each case nothing has changed.
         """
-        self._ledger.require_none()
+        self._loops.require_none()
         done = self._device.resize(num_blocks)
         moved = {old: new for (old, _), (new, _) in done.handles.items()}
         return ResizeReport(num_blocks, len(done.evicted.block_ids), moved, done.handles)
@@ -731,11 +543,11 @@ class BlockManager:
           BlockStateError: if a grant is under way, or blocks of `allocate_blocks` are held.
           In each case nothing has changed.
         """
-        self._ledger.require_none()
+        self._loops.require_none()
         hasher = replace(self._hasher, block_size=block_size)
-        plan = self._device.reblock(list(self._running.values()), hasher)
+        plan = self._device.reblock(list(self._roster), hasher)
         self._hasher = hasher
-        for seq in self._running.values():
+        for seq in self._roster:
             seq.rehash(hasher)
             seq.num_registered = plan.num_registered[seq.row]
             seq.may_share_tail = True
@@ -784,56 +596,15 @@ class BlockManager:
 
     def _lose(self) -> None:
         """Forgets what the device holds; the tiers below keep theirs."""
-        for seq in list(self._running.values()):
-            self._leave(seq)
-        self._ledger.clear()
+        for seq in self._roster:
+            self._roster.leave(seq)
+        self._loops.clear()
         self._device.renew()
 
-    def _columns(self, blocks: abc.Sequence[Block]) -> tuple[NDArray[np.int32], NDArray[np.uint32]]:
-        """Ids and generations of handles, which must be of this manager and of its present cache."""
-        for block in blocks:
-            if block.owner is not self._device.pool:
-                raise BlockStateError(f"block {block.block_id} is of another manager, or was lost with the cache")
-        block_ids = np.array([block.block_id for block in blocks], np.int32)
-        return block_ids, np.array([block.generation for block in blocks], np.uint32)
-
     def _free_if_current(self, block: Block) -> None:
-        if block.owner is self._device.pool and self._device.pool.is_current(*self._columns([block])):
+        if self._loose.is_current(block):
             self.free_blocks([block])
-
-    def _free_row(self) -> int:
-        """The first row that no sequence runs in."""
-        free = set(range(self._max_sequences)) - self._running.keys()
-        if not free:
-            raise BlockStateError(
-                f"{self._max_sequences} sequences are running, as many as max_sequences; release one first"
-            )
-        return min(free)
-
-    def _enter(self, seq: Sequence, row: int) -> None:
-        """Has a sequence run in a row that holds its blocks."""
-        seq.row = row
-        seq.released = False
-        self._running[row] = seq
-
-    def _leave(self, seq: Sequence) -> None:
-        """Has a sequence run no more."""
-        del self._running[seq.row]
-        seq.released = True
-
-    def _unshare(self, growing: abc.Sequence[Sequence]) -> None:
-        """Copies the tails of sequences that are about to be written where others hold them too."""
-        rows = [seq.row for seq in growing if seq.may_share_tail]
-        if not rows:
-            return
-        self._device.unshare(rows)
-        for seq in growing:
-            seq.may_share_tail = False
 
     def _check_open(self) -> None:
         if self._closed:
             raise BlockStateError("the manager is closed")
-
-    def _check_running(self, seq: Sequence) -> None:
-        if self._running.get(seq.row) is not seq:
-            raise BlockStateError(f"the sequence of row {seq.row} is not running; it was released or lost")

@@ -30,7 +30,6 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.block_pool import cpu_device, try_seeds
 from kvbm_jax.errors import LayoutError, OutOfBlocksError
 from kvbm_jax.handles import Hasher
 from kvbm_jax.handles import Sequence as RunningSequence
@@ -39,6 +38,7 @@ from kvbm_jax.index import KEY_WORDS
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.engine import Resident
 from kvbm_jax.pool import PoolState
+from kvbm_jax.programs import cpu_device, try_seeds
 from kvbm_jax.protocols import BlockKey, BlockRecord
 from kvbm_jax.resize import PoolParts, assemble
 from kvbm_jax.sequences import SequenceBatch

@@ -22,9 +22,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from kvbm_jax import policies, pool, traces
-from kvbm_jax.block_pool import cpu_device
 from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
+from kvbm_jax.programs import cpu_device
 from kvbm_jax.protocols import Tier
 from kvbm_jax.types import Status
 

@@ -11,12 +11,12 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.block_pool import EvictedBlocks
 from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes
 from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident
+from kvbm_jax.outcomes import EvictedBlocks
 from kvbm_jax.protocols import BlockKey, MetricsSink, StoreStats, Tier
 
 __all__ = ["Residency"]

@@ -1,20 +1,56 @@
-"""From a configuration to the stores of the tiers below the device."""
+"""From a configuration to the tiers below the device."""
 
+import contextlib
 from collections.abc import Sequence
 
 from kvbm_jax.config import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
+from kvbm_jax.events import EventPublisher
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload.engine import OffloadEngine
 from kvbm_jax.offload.host import HostBlockStore
-from kvbm_jax.protocols import BlockStore, Clock
+from kvbm_jax.protocols import BlockStore, Clock, MetricsSink
 
-__all__ = ["identity_of", "open_stores"]
+__all__ = ["identity_of", "open_engine", "open_stores"]
 
 
 def identity_of(config: KvBlockManagerConfig, layout: KVLayout) -> CacheIdentity:
     """Returns what a cache's bytes mean; without a `model_id` only this process may read them."""
     return CacheIdentity.of(layout, model_id=config.model_id or "", hash_algorithm=config.hash_algorithm)
+
+
+def open_engine(
+    config: KvBlockManagerConfig,
+    layout: KVLayout,
+    stores: Sequence[BlockStore] | None,
+    *,
+    publisher: EventPublisher,
+    metrics: MetricsSink,
+    clock: Clock,
+) -> OffloadEngine | None:
+    """Puts an engine over the tiers below a device; None where there are none.
+
+    Args:
+      config: says which tiers, if `stores` is None; see `open_stores` for what is raised then.
+      layout: of the cache.
+      stores: the fastest first.
+      publisher: tells events.
+      metrics: where measurements go.
+      clock: for durations.
+    """
+    with contextlib.ExitStack() as opened:
+        if stores is None:
+            stores = open_stores(config, layout, clock)
+            for store in stores:
+                opened.callback(store.close)
+        if not stores:
+            return None
+        engine = OffloadEngine(
+            layout, stores, identity=identity_of(config, layout), publisher=publisher, metrics=metrics, clock=clock
+        )
+        opened.pop_all()
+    return engine
 
 
 def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) -> Sequence[BlockStore]:

@@ -38,7 +38,7 @@ def laws(manager):
     keys = np.asarray(manager._device.pool._pool.index.keys)
     assert all(keys[r.block_id, :4].astype("<u4").tobytes() == r.record.key.sequence_hash for r in residents)
     counts = manager.stats()
-    held = {int(b) for seq in manager._running.values() for b in manager._device.pool.table(seq.row)}
+    held = {int(b) for seq in manager._roster for b in manager._device.pool.table(seq.row)}
     assert counts.inactive == sum(r.block_id not in held for r in residents)
 
 
