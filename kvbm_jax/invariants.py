@@ -13,9 +13,19 @@ from kvbm_jax import index as block_index
 from kvbm_jax.errors import InvariantError
 from kvbm_jax.groups import first_places
 from kvbm_jax.pool import PoolState
+from kvbm_jax.quotas import Quotas, settle, usage
 from kvbm_jax.sequences import SequenceBatch, blocks_for
 
-__all__ = ["SequenceViolations", "Violations", "assert_holds", "check", "check_sequences", "holders"]
+__all__ = [
+    "QuotaViolations",
+    "SequenceViolations",
+    "Violations",
+    "assert_holds",
+    "check",
+    "check_quotas",
+    "check_sequences",
+    "holders",
+]
 
 
 class Violations(NamedTuple):
@@ -45,6 +55,17 @@ class SequenceViolations(NamedTuple):
     """Rows whose tables have too few places for their length."""
     passed_too_far: jax.Array
     """Groups of rows that have freed a block which the next token sees."""
+
+
+class QuotaViolations(NamedTuple):
+    """How many blocks and tenants break each law of settled quotas, i32[] each."""
+
+    unknown_owners: jax.Array
+    """Blocks, and rows, that belong to neither a tenant nor nobody; 0 in sound quotas."""
+    charged_elsewhere: jax.Array
+    """Blocks in tables that are charged to a tenant none of whose rows holds them; 0 in sound quotas."""
+    over_limit: jax.Array
+    """Tenants that hold more than their limit: such as were left with blocks they shared, or had it lowered."""
 
 
 def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
@@ -99,6 +120,20 @@ def check_sequences(sequences: SequenceBatch) -> SequenceViolations:
         misplaced_entries=jnp.sum(wrong, dtype=jnp.int32),
         rows_without_room=jnp.sum(short, dtype=jnp.int32),
         passed_too_far=jnp.sum(sequences.first > seen, dtype=jnp.int32),
+    )
+
+
+def check_quotas(quotas: Quotas, state: PoolState, sequences: SequenceBatch) -> QuotaViolations:
+    """Counts the blocks and tenants that break each law."""
+
+    def unknown(tenants: jax.Array) -> jax.Array:
+        return jnp.sum((tenants < 0) | (tenants > len(quotas.limits)), dtype=jnp.int32)
+
+    moved = settle(quotas, sequences).owners != quotas.owners
+    return QuotaViolations(
+        unknown_owners=unknown(quotas.owners) + unknown(quotas.tenants),
+        charged_elsewhere=jnp.sum(moved, dtype=jnp.int32),
+        over_limit=jnp.sum(usage(quotas, state).held > quotas.limits, dtype=jnp.int32),
     )
 
 

@@ -31,6 +31,7 @@ class Status(enum.IntEnum):
     STALE_GENERATION = 10
     SHARED_TAIL = 11
     WINDOW_PASSED = 12
+    QUOTA_EXCEEDED = 13
 
     @property
     def message(self) -> str:
@@ -52,4 +53,5 @@ _MESSAGES: Final = {
     Status.STALE_GENERATION: "the handle is older than its block's present use; drop it",
     Status.SHARED_TAIL: "the next token would be written into a block that others hold or can find; unshare the row",
     Status.WINDOW_PASSED: "what the shorter sequence would see was freed behind a sliding window; start it anew",
+    Status.QUOTA_EXCEEDED: "the tenant would hold more blocks than its quota; let its sequences end or raise it",
 }

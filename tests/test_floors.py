@@ -31,11 +31,12 @@ FLOORS = {
         "grants",
         "resize",
         "policies",
+        "quotas",
         "selection",
         "sketch",
         "invariants",
     ],
-    1: ["kernels", "cache", "attention", "step"],
+    1: ["kernels", "cache", "attention", "step", "quota_step"],
     2: ["hashing", "identity", "config", "events", "metrics"],
     3: ["offload", "transfer"],
     4: [

@@ -1,0 +1,134 @@
+"""Quotas in plain Python: what `kvbm_jax.quotas` must do, on top of the model of sequences."""
+
+from collections import Counter
+
+from policy_oracles import LruOracle
+from test_sequences import MAX_BLOCKS, B, Model, T, W
+
+from kvbm_jax.types import Status
+
+__all__ = ["QuotaModel"]
+
+
+class Order(LruOracle):
+    """What tenants have beyond their limits goes first."""
+
+    def __init__(self, model):
+        self.model = model
+
+    def order(self, pool):
+        return self.model.order()
+
+
+class QuotaModel(Model):
+    """Tenants are numbers; `len(limits)` is nobody."""
+
+    def __init__(self, windows, limits):
+        super().__init__(windows)
+        self.pool.policy = Order(self)
+        self.limits = limits
+        self.tenants = [len(limits)] * B  # of rows
+        self.owners = [len(limits)] * self.pool.num_blocks
+        self.coming = Counter()  # blocks that each tenant is about to get
+        self.seized = {}  # owners of blocks that are about to be held
+        self.preferred = 0  # calls in which not the least recently released blocks would go first
+
+    # What is charged to whom.
+
+    def settle(self):
+        for block in range(self.pool.num_blocks):
+            tenants = [self.tenants[b] for b in range(B) if any(block in table[b] for table in self.tables)]
+            if tenants and self.owners[block] not in tenants:
+                self.owners[block] = tenants[0]
+
+    def held(self):
+        return Counter(owner for owner, refs in zip(self.owners, self.pool.refs, strict=True) if refs)
+
+    def resident(self):
+        """Held and cached; blocks about to be held belong to who will hold them."""
+        blocks = [b for b in range(self.pool.num_blocks) if self.pool.refs[b] or b in self.pool.inactive]
+        return Counter(self.seized.get(b, self.owners[b]) for b in blocks)
+
+    def order(self):
+        resident, first = self.resident(), []
+        for tenant, limit in enumerate(self.limits):
+            own = [b for b in self.pool.inactive if self.seized.get(b, self.owners[b]) == tenant]
+            first += own[: max(resident[tenant] + self.coming[tenant] - limit, 0)]
+        order = sorted(self.pool.inactive, key=lambda block: block not in first)  # a stable sort
+        self.preferred += order != list(self.pool.inactive)
+        return order
+
+    # Who is let in.
+
+    def open(self):
+        """A call begins: what each tenant may still take."""
+        held = self.held()
+        self.left = {tenant: limit - held[tenant] for tenant, limit in enumerate(self.limits)}
+
+    def admit(self, tenant, wanted):
+        if wanted > 0 and tenant in self.left:
+            self.left[tenant] -= wanted
+            return self.left[tenant] >= 0
+        return True
+
+    def growth(self, num_tokens, order=range(B)):
+        """Blocks for each row to grow by so many tokens, 0 if it is refused whatever is free."""
+        wanted = []
+        for b, n in zip(order, num_tokens, strict=True):
+            needed = -(-(self.lengths[b] + n) // T)
+            fresh = max(needed - len(self.tables[0][b]), 0)
+            possible = n >= 0 and needed <= W and fresh <= MAX_BLOCKS and not (n and self.is_shared(b))
+            wanted.append(self.groups * fresh if possible else 0)
+        return wanted
+
+    # The verbs.
+
+    def start_for(self, rows, tenants, numbers, num_hashes, num_tokens, growing=()):
+        """`start`, for tenants; `growing` are (tenant, blocks) that are to come in the same step."""
+        first, admitted = {}, []
+        for i, tenant in enumerate(tenants):
+            needed = -(-num_tokens[i] // T)
+            prefix = self.hit(numbers[i], num_hashes[i] if needed <= W else 0)
+            fresh = self.groups * (needed - len(prefix[0])) if needed <= W else 0
+            idle = [b for blocks in prefix for b in blocks if b is not None and not self.pool.refs[b]]
+            pays = [b for b in idle if first.setdefault(b, i) == i or tenants[first[b]] != tenant]
+            admitted.append(self.admit(tenant, fresh + len(pays)))
+            if admitted[i]:
+                self.coming[tenant] += fresh
+                for b in idle:
+                    self.seized.setdefault(b, tenant)
+        for tenant, fresh in growing:
+            self.coming[tenant] += fresh if self.admit(tenant, fresh) else 0
+        let = [i for i, good in enumerate(admitted) if good]
+        columns = (rows, numbers, num_hashes, num_tokens)
+        started = self.start(*([column[i] for i in let] for column in columns))
+        cached, status = [0] * len(rows), [Status.QUOTA_EXCEEDED] * len(rows)
+        for i, found, code in zip(let, *started, strict=True):
+            cached[i], status[i] = found, code
+            if code == Status.OK:
+                self.tenants[rows[i]] = tenants[i]
+        self.coming, self.seized = Counter(), {}
+        return cached, status
+
+    def extend_for(self, num_tokens, order=range(B), *, full=False):
+        wanted = self.growth(num_tokens, order)
+        admitted = [self.admit(self.tenants[b], n) for b, n in zip(order, wanted, strict=True)]
+        for b, n, good in zip(order, wanted, admitted, strict=True):
+            self.coming[self.tenants[b]] += n if good else 0
+        let = [n if good else 0 for n, good in zip(num_tokens, admitted, strict=True)]
+        status = self.extend(let, order, full=full)
+        self.coming = Counter()
+        return [code if good else Status.QUOTA_EXCEEDED for code, good in zip(status, admitted, strict=True)]
+
+    def unshare_for(self, rows):
+        admitted = set(range(B))
+        for b in range(B):
+            if b in rows and self.is_shared(b):
+                tails = [table[b][self.lengths[b] // T] for table in self.tables]
+                if not self.admit(self.tenants[b], sum(self.pool.refs[block] != 1 for block in tails)):
+                    admitted.remove(b)
+                else:
+                    self.coming[self.tenants[b]] += self.groups
+        copies, status = self.unshare([b for b in rows if b in admitted])
+        self.coming = Counter()
+        return copies, [code if b in admitted else Status.QUOTA_EXCEEDED for b, code in enumerate(status)]
