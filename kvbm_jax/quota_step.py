@@ -75,7 +75,7 @@ def step(
         state, running, masked, max_blocks=max_blocks, scores=quotas.scores(held, coming, scores)
     )
     begun = jnp.where(new & (result.start_status == Status.OK), plan.starting, batch)
-    after = quotas.settle(quotas.assign(charged, begun, tenants), running)
+    after = quotas.settle(quotas.assign(settled, begun, tenants), running)
     result = result._replace(
         start_status=jnp.where(new, result.start_status, Status.QUOTA_EXCEEDED).astype(jnp.int32),
         grow_status=jnp.where(old, result.grow_status, Status.QUOTA_EXCEEDED).astype(jnp.int32),

@@ -130,13 +130,9 @@ def settle(quotas: Quotas, running: sequences.SequenceBatch) -> Quotas:
 
     Blocks in no table stay charged as they are. Costs work in proportion to N and to the tables.
     """
-    tables = _by_rows(running.block_tables)
-    owners, size = quotas.owners, quotas.owners.shape[0]
-    paid = owners.at[tables].get(mode="fill", fill_value=0) == quotas.tenants[:, None]
-    kept = jnp.zeros((size,), bool).at[jnp.where(paid, tables, size)].set(True, mode="drop")
-    heir = quotas.tenants.at[_first_rows(tables, size)].get(mode="fill", fill_value=0)
-    held = _first_rows(tables, size) < tables.shape[0]
-    return replace(quotas, owners=jnp.where(held & ~kept, heir, owners))
+    groups, batch, width = running.block_tables.shape
+    tables = running.block_tables.transpose(1, 0, 2).reshape(batch, groups * width)
+    return replace(quotas, owners=_owners(quotas.owners, quotas.tenants, tables))
 
 
 def admit(quotas: Quotas, state: pool.PoolState, tenants: jax.Array, wanted: jax.Array) -> jax.Array:
@@ -363,10 +359,10 @@ def newly_held(state: pool.PoolState, tenants: jax.Array, prefix: jax.Array) -> 
 
 
 def charge_prefixes(quotas: Quotas, state: pool.PoolState, tenants: jax.Array, prefix: jax.Array) -> Quotas:
-    """Charges blocks that nobody holds to the first row that is about to hold them; arguments as in `newly_held`."""
-    first = _first_rows(prefix, state.num_blocks)
-    taken = (state.ref_counts == 0) & (first < len(tenants))
-    return replace(quotas, owners=jnp.where(taken, tenants.at[first].get(mode="clip"), quotas.owners))
+    """Charges blocks that nobody holds to rows that are about to hold them; arguments as in `newly_held`."""
+    held = state.ref_counts.at[prefix].get(mode="fill", fill_value=1) > 0
+    prefix = jnp.where(held, state.num_blocks, prefix)
+    return replace(quotas, owners=_owners(quotas.owners, tenants, prefix))
 
 
 def fresh_blocks(
@@ -401,9 +397,13 @@ def fresh_blocks(
 _scores = scores  # verbs have an argument of this name
 
 
-def _by_rows(tables: jax.Array) -> jax.Array:
-    """Tables i32[G, B, W] as i32[B, G * W]."""
-    return tables.transpose(1, 0, 2).reshape(tables.shape[1], -1)
+def _owners(owners: jax.Array, tenants: jax.Array, tables: jax.Array) -> jax.Array:
+    """Charges the blocks of rows i32[R, F] of tenants i32[R]: to the former owner if it is among them, or the first."""
+    count, size = tables.shape[0], owners.shape[0]
+    paid = owners.at[tables].get(mode="fill", fill_value=0) == tenants[:, None]
+    kept = jnp.zeros((size,), bool).at[jnp.where(paid, tables, size)].set(True, mode="drop")
+    first = _first_rows(tables, size)
+    return jnp.where(kept | (first == count), owners, tenants.at[first].get(mode="clip"))
 
 
 def _first_rows(blocks: jax.Array, num_blocks: int) -> jax.Array:

@@ -71,20 +71,7 @@ class QuotaModel(Model):
             return self.left[tenant] >= 0
         return True
 
-    def growth(self, num_tokens, order=range(B)):
-        """Blocks for each row to grow by so many tokens, 0 if it is refused whatever is free."""
-        wanted = []
-        for b, n in zip(order, num_tokens, strict=True):
-            needed = -(-(self.lengths[b] + n) // T)
-            fresh = max(needed - len(self.tables[0][b]), 0)
-            possible = n >= 0 and needed <= W and fresh <= MAX_BLOCKS and not (n and self.is_shared(b))
-            wanted.append(self.groups * fresh if possible else 0)
-        return wanted
-
-    # The verbs.
-
-    def start_for(self, rows, tenants, numbers, num_hashes, num_tokens, growing=()):
-        """`start`, for tenants; `growing` are (tenant, blocks) that are to come in the same step."""
+    def ask_to_start(self, tenants, numbers, num_hashes, num_tokens):
         first, admitted = {}, []
         for i, tenant in enumerate(tenants):
             needed = -(-num_tokens[i] // T)
@@ -96,12 +83,33 @@ class QuotaModel(Model):
             if admitted[i]:
                 self.coming[tenant] += fresh
                 for b in idle:
-                    self.seized.setdefault(b, tenant)
-        for tenant, fresh in growing:
-            self.coming[tenant] += fresh if self.admit(tenant, fresh) else 0
+                    if self.seized.get(b) != self.owners[b]:
+                        self.seized[b] = tenant if tenant == self.owners[b] else self.seized.get(b, tenant)
+        return admitted
+
+    def ask_to_grow(self, num_tokens, order):
+        wanted = []
+        for b, n in zip(order, num_tokens, strict=True):
+            needed = -(-(self.lengths[b] + n) // T)
+            fresh = max(needed - len(self.tables[0][b]), 0)
+            possible = n >= 0 and needed <= W and fresh <= MAX_BLOCKS and not (n and self.is_shared(b))
+            wanted.append(self.groups * fresh if possible else 0)
+        admitted = [self.admit(self.tenants[b], n) for b, n in zip(order, wanted, strict=True)]
+        coming = Counter()
+        for b, n, good in zip(order, wanted, admitted, strict=True):
+            coming[self.tenants[b]] += n if good else 0
+        return admitted, coming
+
+    # The verbs.
+
+    def start_for(self, rows, tenants, numbers, num_hashes, num_tokens):
+        self.open()
+        admitted = self.ask_to_start(tenants, numbers, num_hashes, num_tokens)
+        return self.begin(admitted, rows, tenants, numbers, num_hashes, num_tokens)
+
+    def begin(self, admitted, rows, tenants, *columns):
         let = [i for i, good in enumerate(admitted) if good]
-        columns = (rows, numbers, num_hashes, num_tokens)
-        started = self.start(*([column[i] for i in let] for column in columns))
+        started = self.start(*([column[i] for i in let] for column in (rows, *columns)))
         cached, status = [0] * len(rows), [Status.QUOTA_EXCEEDED] * len(rows)
         for i, found, code in zip(let, *started, strict=True):
             cached[i], status[i] = found, code
@@ -110,17 +118,33 @@ class QuotaModel(Model):
         self.coming, self.seized = Counter(), {}
         return cached, status
 
-    def extend_for(self, num_tokens, order=range(B), *, full=False):
-        wanted = self.growth(num_tokens, order)
-        admitted = [self.admit(self.tenants[b], n) for b, n in zip(order, wanted, strict=True)]
-        for b, n, good in zip(order, wanted, admitted, strict=True):
-            self.coming[self.tenants[b]] += n if good else 0
+    def extend_for(self, num_tokens, order=range(B)):
+        self.open()
+        return self.grow(*self.ask_to_grow(num_tokens, order), num_tokens, order)
+
+    def grow(self, admitted, coming, num_tokens, order, *, full=False):
+        self.coming = coming
         let = [n if good else 0 for n, good in zip(num_tokens, admitted, strict=True)]
         status = self.extend(let, order, full=full)
         self.coming = Counter()
         return [code if good else Status.QUOTA_EXCEEDED for code, good in zip(status, admitted, strict=True)]
 
+    def step_for(self, rows, tenants, numbers, num_hashes, num_tokens, growing, new_tokens):
+        """What a step does between release and registration: both ask before either gets anything."""
+        self.settle()
+        self.open()
+        begin = self.ask_to_start(tenants, numbers, num_hashes, num_tokens)
+        grow, coming = self.ask_to_grow(new_tokens, growing)
+        self.coming += coming
+        cached, begun = self.begin(begin, rows, tenants, numbers, num_hashes, num_tokens)
+        owners = list(self.owners)
+        self.settle()  # as far as evictions are concerned: a step is charged for when it is done
+        grown = self.grow(grow, coming, new_tokens, growing, full=Status.OUT_OF_BLOCKS in begun)
+        self.owners = owners
+        return cached, begun, grown
+
     def unshare_for(self, rows):
+        self.open()
         admitted = set(range(B))
         for b in range(B):
             if b in rows and self.is_shared(b):
