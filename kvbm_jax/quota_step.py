@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from kvbm_jax import pool, quotas, sequences
 from kvbm_jax.groups import has_windows
+from kvbm_jax.ordering import fence
 from kvbm_jax.quotas import Quotas
 from kvbm_jax.step import StepPlan, StepResult
 from kvbm_jax.step import step as step_all
@@ -63,6 +64,7 @@ def step(
     new, old = admitted[: len(tenants)], admitted[len(tenants) :]
 
     held = quotas.charge_prefixes(settled, left, tenants, jnp.where(new[:, None], prefix, state.num_blocks))
+    state, held, new, old = fence((state, held, new, old))
     coming = jnp.zeros_like(charged.limits).at[whose].add(jnp.where(admitted, more, 0), mode="drop")
     masked = plan._replace(
         starting=jnp.where(new, plan.starting, batch),

@@ -35,6 +35,7 @@ import numpy as np
 
 from kvbm_jax import grants, lru, pool, selection, sequences
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.ordering import fence
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -219,6 +220,7 @@ def start(
     fresh = jnp.where(wide, len(running.groups) * (needed - cached), 0)
     admitted = admit(quotas, state, tenants, fresh + newly_held(state, tenants, prefix))
     charged = charge_prefixes(quotas, state, tenants, jnp.where(admitted[:, None], prefix, state.num_blocks))
+    state, admitted, charged = fence((state, admitted, charged))
     more = _per_tenant(quotas, tenants, jnp.where(admitted, fresh, 0))
     batch = len(running.lengths)
     state, running, result = sequences.start(
@@ -300,7 +302,7 @@ def unshare(
     needs = jnp.any(shared, axis=1)
     sole = state.ref_counts.at[tails].get(mode="fill", fill_value=0) == 1
     wanted = jnp.where(needs, groups - jnp.sum(sole, axis=1, dtype=jnp.int32), 0)
-    admitted = admit(quotas, state, quotas.tenants, wanted)
+    state, admitted = fence((state, admit(quotas, state, quotas.tenants, wanted)))
     more = _per_tenant(quotas, quotas.tenants, jnp.where(needs & admitted, groups, 0))
     state, running, result = sequences.unshare(state, running, mask & admitted, scores=_scores(quotas, more, scores))
     status = jnp.where(admitted, result.status, Status.QUOTA_EXCEEDED).astype(jnp.int32)

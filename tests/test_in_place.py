@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from kvbm_jax import attention, grants, invariants, policies, pool, sequences, step
+from kvbm_jax import attention, grants, invariants, policies, pool, quotas, sequences, step
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.groups import Group
 from kvbm_jax.layout import KVLayout, LayoutKind
@@ -141,6 +141,22 @@ def test_pool_and_memory_of_a_policy_stay_where_they_are(name):
     assert copies == []
     before = pointers(carry, N)
     assert pointers(compiled(carry)[0], N) == before
+
+
+def test_a_pool_under_quotas_stays_where_it_is():
+    def verb(carry):
+        charged, state, running = carry
+        rows = counts(0, 1)
+        asked = (hashes((2, WIDTH)), counts(3, 3), counts(20, 20))
+        charged, state, running, result = quotas.start(charged, state, running, rows, rows, *asked)
+        return (charged, state, running), result
+
+    running = sequences.init(B, W, block_size=T, pool_blocks=N)
+    carry = (quotas.init([N, N], num_blocks=N, max_sequences=B), fresh(used_pool()), running)
+    compiled = jax.jit(verb, donate_argnums=0).lower(carry).compile()
+    assert [line for line in big_copies(compiled.as_text(), N) if " copy(%carry" in line] == []
+    before = pointers(carry[1], N)
+    assert pointers(compiled(carry)[0][1], N) == before
 
 
 @pytest.mark.parametrize("name", READS)
