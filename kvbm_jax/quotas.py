@@ -6,8 +6,8 @@ A tenant has one number, its limit, which bounds two things:
     resident    held and cached ones: beyond the limit, its cached blocks are the first that anyone's allocation evicts
 
 So a tenant is never refused for what it has cached, uses what others leave idle, and loses that first. Where the limits
-sum to no more than the pool, no tenant within its limit is refused for lack of blocks, and none loses cached blocks
-while it is within its limit.
+sum to no more than the pool, and each tenant's prompts have a salt of their own, no tenant within its limit is refused
+for lack of blocks, and none loses cached blocks while it is within its limit.
 
 A block is charged once, to a tenant one of whose rows holds it. Who shares a prefix within a tenant pays once for it;
 tenants meet in a block only where their prompts are hashed alike, under one salt: then the first pays until it lets go,
