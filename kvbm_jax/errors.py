@@ -18,6 +18,7 @@ __all__ = [
     "OutOfBlocksError",
     "SequenceTooLongError",
     "TraceError",
+    "TransportError",
 ]
 
 
@@ -59,6 +60,10 @@ class InvariantError(KvbmError, AssertionError):
 
 class EventDecodeError(KvbmError, ValueError):
     """Bytes that are no event of the expected codec."""
+
+
+class TransportError(KvbmError, ConnectionError):
+    """A transport of events cannot be had: no server there, credentials refused, an address taken."""
 
 
 class TraceError(KvbmError, ValueError):

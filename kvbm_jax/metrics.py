@@ -65,7 +65,10 @@ METRICS: dict[str, Metric] = {
         Metric("kvbm_transfer_queue_depth", MetricKind.GAUGE, "batches waiting for the offload worker"),
         Metric("kvbm_offload_dropped_blocks_total", MetricKind.COUNTER, "evicted blocks lost to backpressure"),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
-        Metric("kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber too slow"),
+        Metric(
+            "kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber or a network too slow"
+        ),
+        Metric("kvbm_events_queue_depth", MetricKind.GAUGE, "batches waiting to be sent to the network"),
     )
 }
 

@@ -2,10 +2,11 @@
 
 import json
 import pathlib
+import time
 
 import numpy as np
 
-from kvbm_jax.events import EventType, KvEvent, KvEventBatch
+from kvbm_jax.events import EventGap, EventType, KvEvent, KvEventBatch, WorkerSnapshot
 from kvbm_jax.events.dynamo import DynamoCodec
 from kvbm_jax.events.engine import EngineCodec
 from kvbm_jax.events.native import JsonCodec, MsgpackCodec
@@ -85,3 +86,88 @@ def chain(count, block_size=4, first_event_id=0, worker_id="w-1", tier=Tier.G1, 
         parent_hashes=np.concatenate([np.zeros((1, 4), np.uint32), hashes[:-1]]),
         token_ids=tokens,
     )
+
+
+class View:
+    """What a consumer believes of one worker: the claims of its stream, as simple as can be."""
+
+    def __init__(self):
+        self.claims = set()
+        self.gaps = []
+        self.snapshots = 0
+        self.event_ids = []
+
+    def apply(self, item):
+        if isinstance(item, EventGap):
+            self.gaps.append(item)
+            return
+        if isinstance(item, WorkerSnapshot):
+            self.snapshots += 1
+            self.claims.clear()
+            for batch in item.batches:
+                for event in batch:
+                    self._apply(event)
+            return
+        for event in item:
+            self.event_ids.append(event.event_id)
+            self._apply(event)
+
+    def _apply(self, event):
+        claim = (event.tier, event.group_idx, event.sequence_hash)
+        origin = claim if event.from_tier is None else (event.from_tier, *claim[1:])
+        match event.event_type:
+            case EventType.CREATED:
+                self.claims.add(claim)
+            case EventType.DELETED:
+                self.claims.discard(claim)
+            case EventType.MIGRATED:
+                self.claims.discard(origin)
+                if event.to_worker is None:
+                    self.claims.add(claim)
+            case EventType.CLEARED:
+                self.claims = {c for c in self.claims if event.tier is not None and c[0] is not event.tier}
+
+    def follow(self, subscription, done, timeout=20.0):
+        """Reads until `done(self)`; fails if that takes too long."""
+        deadline = time.monotonic() + timeout
+        while not done(self):
+            rest = deadline - time.monotonic()
+            item = subscription.poll(max(rest, 0.0))
+            assert item is not None, f"{len(self.claims)} claims, ids to {self.event_ids[-1:]}, {self.gaps}"
+            self.apply(item)
+
+
+def random_life(rng, worker_id="w-1", steps=60):
+    """Batches of a worker whose blocks come, move and go, and the claims that stand after each."""
+    hashes = [rng.randbytes(16) for _ in range(12)]
+    view, next_id, told = View(), 0, []
+    for _ in range(steps):
+        rows = []
+        for _ in range(rng.randint(1, 4)):
+            kind = rng.choices(tuple(EventType), (6, 3, 3, 1))[0]
+            tiers = rng.sample(list(Tier), 2)
+            cleared = kind is EventType.CLEARED
+            rows.append(
+                KvEvent(
+                    kind,
+                    0 if cleared else rng.randrange(99),
+                    worker_id,
+                    next_id,
+                    sequence_hash=None if cleared else rng.choice(hashes),
+                    parent_hash=None if cleared or rng.random() < 0.3 else rng.choice(hashes),
+                    token_ids=tuple(rng.randrange(2**32) for _ in range(4)) if kind is EventType.CREATED else (),
+                    block_size=4,
+                    tier=rng.choice([None, Tier.G1, Tier.G2]) if cleared else tiers[0],
+                    from_tier=tiers[1] if kind is EventType.MIGRATED else None,
+                    to_worker="w-9" if kind is EventType.MIGRATED and rng.random() < 0.2 else None,
+                    group_idx=0 if cleared else rng.randrange(2),
+                    lora_name=rng.choice([None, "l"]),
+                    event_id=next_id,
+                    metadata=rng.choice([{}, {"a": "b"}]),
+                )
+            )
+            next_id += 1
+        batch = KvEventBatch.from_events(rows)
+        view.apply(batch)
+        told.append((batch, frozenset(view.claims)))
+    return told

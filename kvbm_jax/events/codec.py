@@ -38,6 +38,11 @@ class EventCodec(Protocol):
         """The codec's name in configurations."""
         ...
 
+    @property
+    def native(self) -> bool:
+        """Whether messages carry all of a batch; others say neither whose events they are nor their ids."""
+        ...
+
     def encode(self, batch: KvEventBatch, /) -> bytes:
         """Returns the bytes of one message.
 

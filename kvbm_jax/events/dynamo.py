@@ -68,6 +68,7 @@ class DynamoCodec:
     """
 
     name = "dynamo"
+    native = False
 
     def __init__(self, worker_id: str = "") -> None:
         self._worker_id = worker_id

@@ -123,6 +123,7 @@ class EngineCodec:
     """
 
     name = "engine"
+    native = False
 
     def __init__(self, worker_id: str = "") -> None:
         self._worker_id = worker_id

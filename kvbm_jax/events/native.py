@@ -80,6 +80,7 @@ class MsgpackCodec:
     """Batches as MessagePack: all fields, columns as bytes."""
 
     name = "msgpack"
+    native = True
 
     def encode(self, batch: KvEventBatch, /) -> bytes:
         """Returns the message of a batch."""
@@ -149,6 +150,7 @@ class JsonCodec:
     """Batches as JSON: all fields, columns as arrays of numbers. Integers reach 2**64 - 1."""
 
     name = "json"
+    native = True
 
     def encode(self, batch: KvEventBatch, /) -> bytes:
         """Returns the message of a batch."""

@@ -27,9 +27,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError, HashingError
-from kvbm_jax.events.bus import EventGap
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
+from kvbm_jax.events.subscription import EventGap
 from kvbm_jax.protocols import Tier
 
 __all__ = ["DUMP_VERSION", "Holder", "IndexStats", "Overlap", "PrefixIndex"]

@@ -34,6 +34,7 @@ class ProtobufCodec:
     """
 
     name = "protobuf"
+    native = True
 
     def __init__(self) -> None:
         self._message = _message_class()
