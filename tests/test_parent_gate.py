@@ -16,9 +16,9 @@ pytestmark = pytest.mark.core
 # Numbers of event_streams.PATHS: 0 - 1 - 2 - 3 is a chain, 4 another child of 1, 5 another of 0, 6 - 7 apart.
 
 
-def make():
+def make(tier=None):
     sink = RecordingEventSink()
-    return sink, ParentGate(sink, worker_id="w")
+    return sink, ParentGate(sink, worker_id="w", tier=tier)
 
 
 def told(sink):
@@ -84,6 +84,18 @@ def test_all_copies_of_a_block_are_told_and_withdrawn():
     told(sink)
     feed(gate, event("deleted", 0))
     assert told(sink) == [("deleted", 1), ("deleted", 1), ("deleted", 0)]
+
+
+def test_a_block_may_be_told_as_of_one_tier_from_its_first_copy_to_its_last():
+    sink, gate = make(Tier.G1)
+    feed(gate, event("created", 1, Tier.G3), event("created", 0, Tier.G2), event("created", 0, Tier.G1))
+    assert [(e.sequence_hash, e.tier) for e in sink.events] == [(NAMES[0], Tier.G1), (NAMES[1], Tier.G1)]
+    told(sink)
+    feed(gate, event("migrated", 0, Tier.G3, from_tier=Tier.G2), event("deleted", 0, Tier.G1))
+    assert told(sink) == []
+    feed(gate, event("deleted", 0, Tier.G3))
+    assert {e.tier for e in sink.events} == {Tier.G1}
+    assert told(sink) == [("deleted", 1), ("deleted", 0)]
 
 
 def test_what_was_never_announced_is_not_taken_back():
@@ -155,9 +167,9 @@ class Peer(Believer):
 STREAM = st.lists(st.lists(moves(), min_size=1, max_size=4), max_size=40)
 
 
-@given(STREAM, st.integers(0, 40))
-def test_a_peer_can_follow_and_misses_no_chain(stream, joins_at):
-    sink, gate = make()
+@given(STREAM, st.integers(0, 40), st.sampled_from([None, Tier.G1]))
+def test_a_peer_can_follow_and_misses_no_chain(stream, joins_at, tier):
+    sink, gate = make(tier)
     resident, peer, late, read = Believer(), Peer(), Peer(), 0
     for number, rows in enumerate(stream):
         if number == joins_at:
@@ -182,7 +194,7 @@ def test_a_peer_can_follow_and_misses_no_chain(stream, joins_at):
             name = PARENTS[NAMES.index(name)]
         return True
 
-    expected = {place for place in resident.places if reachable(place[0], place[2])}
+    expected = {(r, tier or held, name) for r, held, name in resident.places if reachable(r, name)}
     assert peer.places == expected
     if joins_at < len(stream):
         assert late.places == expected

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator
 from kvbm_jax.events.rows import EventRow, batches_of, rows_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
-from kvbm_jax.protocols import BlockKey, Clock, EventSink
+from kvbm_jax.protocols import BlockKey, Clock, EventSink, Tier
 
 __all__ = ["ParentGate"]
 
@@ -33,14 +33,18 @@ class ParentGate:
     Its methods may be called from any thread.
 
     Args:
-      sink: Takes what is passed on. Closed by `close`.
-      worker_id: Who tells it.
+      sink: Takes what is passed on. Closed by `close`. worker_id: Who tells it. tier: Where every block is said to be,
+      whatever tiers it is in, from its first copy to its last; None for the tiers
+        that it is in. Dynamo's indexer has a tree for each tier and wants the parent in the same: it needs one tier.
       clock: For the time of snapshots.
     """
 
-    def __init__(self, sink: EventSink[KvEventBatch], *, worker_id: str, clock: Clock = time) -> None:
+    def __init__(
+        self, sink: EventSink[KvEventBatch], *, worker_id: str, tier: Tier | None = None, clock: Clock = time
+    ) -> None:
         self.worker_id = worker_id
         self._sink = sink
+        self._tier = tier
         self._clock = clock
         self._ranks: dict[int, _Forest] = {}
         self._next_event_id = 0
@@ -49,7 +53,7 @@ class ParentGate:
     def publish(self, batch: KvEventBatch, /) -> None:
         """Passes on what of a batch can be followed, and what it makes possible or impossible."""
         with self._lock:
-            forest = self._ranks.setdefault(batch.dp_rank, _Forest())
+            forest = self._ranks.setdefault(batch.dp_rank, _Forest(self._tier))
             rows = [told for row in rows_of(batch) for told in forest.apply(row)]
             for passed in batches_of(
                 rows, worker_id=self.worker_id, dp_rank=batch.dp_rank, first_event_id=self._next_event_id
@@ -93,9 +97,10 @@ class _Node:
 
 
 class _Forest:
-    """The resident blocks of one data-parallel rank, by their parents."""
+    """The resident blocks of one data-parallel rank, by their parents; told as of one tier, or of those they are in."""
 
-    def __init__(self) -> None:
+    def __init__(self, tier: Tier | None) -> None:
+        self._tier = tier
         self._nodes: dict[BlockKey, _Node] = {}
         self._orphans: dict[BlockKey, dict[BlockKey, None]] = {}  # children of blocks that are not resident
 
@@ -116,7 +121,7 @@ class _Forest:
         """Yields the creations that have been passed on and stand, parents before children."""
         roots = [key for key, node in self._nodes.items() if node.parent is None]
         for key in self._descend(roots):
-            for row in self._nodes[key].copies.values():
+            for row in self._told(self._nodes[key]):
                 yield row._replace(timestamp=timestamp)
 
     def waiting(self) -> int:
@@ -130,30 +135,32 @@ class _Forest:
             return
         node.copies[row.tier] = row
         if node.announced:
-            yield row
+            if self._tier is None:
+                yield row
         elif node.parent is None or self._is_announced(node.parent):
             for key in self._descend([row.key]):
                 self._nodes[key].announced = True
-                for copy in self._nodes[key].copies.values():
+                for copy in self._told(self._nodes[key]):
                     yield copy._replace(timestamp=row.timestamp)
 
     def _delete(self, key: BlockKey, tier: int, timestamp: int) -> Iterator[EventRow]:
         node = self._nodes.get(key)
         if node is None or tier not in node.copies:
             return
-        if len(node.copies) == 1 and node.announced:
+        last = len(node.copies) == 1
+        if last and node.announced:
             for child in reversed(list(self._descend(node.children))):
                 yield from self._withdraw(self._nodes[child], timestamp)
-        copy = node.copies.pop(tier)
-        if node.announced:
-            yield _deletion(copy, timestamp)
-        if not node.copies:
+        if node.announced and (last or self._tier is None):
+            yield _deletion(node.copies[tier], timestamp, self._tier)
+        del node.copies[tier]
+        if last:
             self._fell(key, node)
 
     def _withdraw(self, node: _Node, timestamp: int) -> Iterator[EventRow]:
         if node.announced:
             node.announced = False
-            for copy in node.copies.values():
+            for copy in self._told(node):
                 yield _deletion(copy, timestamp)
 
     def _clear(self, row: EventRow) -> Iterator[EventRow]:
@@ -189,6 +196,11 @@ class _Forest:
         node = self._nodes.get(parent)
         return self._orphans.setdefault(parent, {}) if node is None else node.children
 
+    def _told(self, node: _Node) -> list[EventRow]:
+        """The creations that a consumer is told of a block."""
+        copies = list(node.copies.values())
+        return copies if self._tier is None else [copies[0]._replace(tier=self._tier)]
+
     def _is_announced(self, key: BlockKey) -> bool:
         node = self._nodes.get(key)
         return node is not None and node.announced
@@ -201,5 +213,5 @@ class _Forest:
             rows = [child for key in rows for child in self._nodes[key].children]
 
 
-def _deletion(copy: EventRow, timestamp: int) -> EventRow:
-    return copy._replace(event_type=EventType.DELETED, timestamp=timestamp, content=None)
+def _deletion(copy: EventRow, timestamp: int, tier: Tier | None = None) -> EventRow:
+    return copy._replace(event_type=EventType.DELETED, timestamp=timestamp, tier=tier or copy.tier, content=None)
