@@ -1,14 +1,11 @@
 """The real Dynamo beside our view: its tree answers from our JSON as `PrefixIndex` does from the events themselves."""
 
-import random
-
 import pytest
-from tiered import BLOCK_BYTES, SIZE, Faulty, make, settle
+from block_moves import Moves, held
+from tiered import SIZE
 
 from kvbm_jax.events import Consolidator, DynamoCodec, ParentGate, PrefixIndex
-from kvbm_jax.hashing import block_hashes, hash_sequence
-from kvbm_jax.offload import MemoryBlockStore
-from kvbm_jax.protocols import Tier
+from kvbm_jax.hashing import block_hashes
 
 llm = pytest.importorskip("dynamo.llm")
 
@@ -34,48 +31,6 @@ class Tree:
         """How many leading blocks of a prompt the worker has."""
         names = block_hashes(tokens, SIZE, lora_name=lora).tolist()
         return self.tree.find_matches(names).scores.get((WORKER, 0), 0)
-
-
-def prompts(seed):
-    """Prompts that share beginnings, some of a LoRA, each of 1 to 7 blocks and a token."""
-    draw = random.Random(seed)
-    while True:
-        blocks = [draw.randrange(2) * 100 + depth for depth in range(draw.randint(1, 7))]
-        yield [block * SIZE + i for block in blocks for i in range(SIZE)] + [7], draw.choice([None, None, "tuned"])
-
-
-class Moves:
-    """A manager over two tiers that refuse blocks now and then, so that parents go before their children."""
-
-    def __init__(self, seed=0):
-        self.stores = [
-            Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=n, tier=t)) for t, n in ((Tier.G2, 12), (Tier.G3, 16))
-        ]
-        self.manager = make(9, stores=self.stores)
-        self.events = self.manager.subscribe_events()
-        self.draw = random.Random(seed)
-        self.prompts = prompts(seed)
-        self.count = 0  # block moves so far
-
-    def move(self):
-        """Serves one prompt and returns the batches that tell of it."""
-        for store in self.stores:
-            store.fail_puts = self.draw.random() < 0.3
-        tokens, lora = next(self.prompts)
-        with self.manager.start(tokens, lora_name=lora) as seq:
-            self.manager.register(seq)
-        if self.draw.random() < 0.03:
-            self.manager.clear()
-        settle(self.manager)
-        told = self.events.drain()
-        self.count += sum(map(len, told))
-        return told
-
-
-def held(index, tokens, lora=None):
-    """How many leading blocks of a prompt our own view has, in whatever tiers."""
-    found = index.find_matches(hash_sequence(tokens, SIZE, lora_name=lora))
-    return max((overlap.blocks for overlap in found.values()), default=0)
 
 
 def test_dynamos_tree_answers_as_our_index_does():

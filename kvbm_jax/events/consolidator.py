@@ -17,8 +17,8 @@ the union:
                Its tier is where the block was first; moves between tiers are not told.
 
 So a block that host memory evicts stays announced while the disk has it. Data-parallel ranks are apart from each other;
-groups and LoRA names belong to the block. Blocks are one if their hashes are: a source that hashes in its own way is
-told beside the others, not merged with them.
+groups and LoRA names belong to the block. Blocks are one if their hashes are; for engines, which hash in their own way,
+see `kvbm_jax.events.rename`.
 """
 
 import enum
