@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 
-from kvbm_jax.errors import EventDecodeError, HashingError
+from kvbm_jax.errors import ConfigError, EventDecodeError, HashingError
 from kvbm_jax.events import (
+    EngineCodec,
     EventBus,
     EventGap,
     EventType,
@@ -288,15 +289,40 @@ def test_a_dump_carries_everything():
         (msgspec.msgpack.encode({"version": 2}), "has version 2; this library reads 1"),
         (msgspec.msgpack.encode({"version": 1}), "no dump"),
         (
-            msgspec.msgpack.encode({"version": 1, "streams": {}, "holders": [["a", 0, {0: (b"x", b"\1")}]]}),
+            msgspec.msgpack.encode(
+                {"version": 1, "hash_bytes": 16, "streams": {}, "holders": [["a", 0, {0: (b"x", b"\1")}]]}
+            ),
             "1 bytes of",
         ),
-        (msgspec.msgpack.encode({"version": 1, "streams": {}, "holders": [["a", 0, {0: (bytes(16), b"\0")}]]}), "tier"),
+        (
+            msgspec.msgpack.encode(
+                {"version": 1, "hash_bytes": 16, "streams": {}, "holders": [["a", 0, {0: (bytes(16), b"\0")}]]}
+            ),
+            "tier",
+        ),
     ],
 )
 def test_what_is_no_dump_is_refused(data, why):
     with pytest.raises(EventDecodeError, match=why):
         PrefixIndex.load(data)
+
+
+def test_streams_in_engines_language_match_by_half_of_each_hash():
+    native, engine = (PrefixIndex(hash_bytes=width) for width in (16, 8))
+    batch = KvEventBatch.from_events([event("created", b, block_size=SIZE, event_id=b) for b in range(3)])
+    [told] = EngineCodec("b").decode(EngineCodec().encode(batch))
+    told.event_ids[:] = range(3)
+    for index in (native, engine):
+        index.apply(batch)
+        index.apply(told)
+    assert [h.worker_id for h in native.find_matches(CHAIN)] == ["a"], "the engines' half is another block"
+    again = PrefixIndex.load(engine.dump())
+    for index in (engine, again):
+        assert {h.worker_id: o.blocks for h, o in index.find_matches(CHAIN).items()} == {"a": 3, "b": 3}
+        assert index.find_matches(NAMES) == index.find_matches(CHAIN)
+        assert index.stats().blocks == 3
+    with pytest.raises(ConfigError, match="hash_bytes = 4: allowed are 8 and 16"):
+        PrefixIndex(hash_bytes=4)
 
 
 class Model:

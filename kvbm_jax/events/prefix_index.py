@@ -20,13 +20,13 @@ Axis legend: `n` blocks asked for, `W` places of holders, `c` holders of the fir
 import itertools
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import EventDecodeError, HashingError
+from kvbm_jax.errors import ConfigError, EventDecodeError, HashingError
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 from kvbm_jax.events.subscription import EventGap
@@ -38,7 +38,6 @@ DUMP_VERSION = 1
 
 _TIER_BITS = np.array([1 << (tier - 1) for tier in Tier], np.uint8)
 _ALL_TIERS = int(_TIER_BITS.sum())
-_NO_HASH = bytes(16)
 _NO_CHANGE = 255  # in a column of event types: a row that names no block or no tier
 
 
@@ -92,7 +91,7 @@ class _Stream(msgspec.Struct, array_like=True):
 class _HolderDump(msgspec.Struct, array_like=True):
     worker_id: str
     dp_rank: int
-    groups: dict[int, tuple[bytes, bytes]]  # by group: hashes, 16 bytes each; tiers, a byte each
+    groups: dict[int, tuple[bytes, bytes]]  # by group: hashes, joined; tiers, a byte each
 
 
 class _Version(msgspec.Struct):
@@ -101,6 +100,7 @@ class _Version(msgspec.Struct):
 
 class _Dump(msgspec.Struct):
     version: int
+    hash_bytes: Literal[8, 16]
     streams: dict[str, _Stream]
     holders: list[_HolderDump]
 
@@ -112,9 +112,20 @@ class PrefixIndex:
     or a restart of it: blocks may be believed that are gone, which costs a request its hit and nothing else. Events
     that come again are passed over. A worker whose ids begin anew at a later time was restarted, and what was known of
     it is forgotten.
+
+    Args:
+      hash_bytes: How much of each hash is looked at: 16, all of it; or 8, which is what the engines' and Dynamo's
+      languages
+        carry. Streams in those languages need 8, and so do streams of both kinds together.
+
+    Raises:
+      ConfigError: It is another number.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, *, hash_bytes: Literal[8, 16] = 16) -> None:
+        if hash_bytes not in {8, 16}:
+            raise ConfigError(f"hash_bytes = {hash_bytes}: allowed are 8 and 16")
+        self._hash_bytes = hash_bytes
         self._owners: dict[int, dict[bytes, int]] = {}  # by group
         self._shelves: dict[Holder, _Shelf] = {}
         self._places: list[Holder | None] = []
@@ -137,7 +148,7 @@ class PrefixIndex:
         Raises:
           HashingError: The hashes are neither.
         """
-        keys = _keys(hashes)
+        keys = _keys(hashes, self._hash_bytes)
         with self._lock:
             owners = self._owners.get(group_idx, {})
             found = list(itertools.takewhile(bool, map(owners.get, keys)))
@@ -205,7 +216,7 @@ class PrefixIndex:
             )
 
     def dump(self) -> bytes:
-        """Returns all that is known as one message, 17 bytes a claim, for `load`."""
+        """Returns all that is known as one message, a byte and a hash a claim, for `load`."""
         with self._lock:
             holders = []
             for holder, shelf in self._shelves.items():
@@ -215,7 +226,7 @@ class PrefixIndex:
                     tiers = bytes([owners[key] >> shift & _ALL_TIERS for key in keys])
                     groups[group_idx] = (b"".join(keys), tiers)
                 holders.append(_HolderDump(holder.worker_id, holder.dp_rank, groups))
-            return msgspec.msgpack.encode(_Dump(DUMP_VERSION, self._streams, holders))
+            return msgspec.msgpack.encode(_Dump(DUMP_VERSION, self._hash_bytes, self._streams, holders))
 
     @classmethod
     def load(cls, data: bytes) -> "PrefixIndex":
@@ -231,7 +242,7 @@ class PrefixIndex:
             dump = msgspec.msgpack.decode(data, type=_Dump)
         except msgspec.MsgspecError as error:
             raise EventDecodeError(f"these {len(data)} bytes are no dump of an index: {error}") from error
-        index = cls()
+        index = cls(hash_bytes=dump.hash_bytes)
         index._streams = dump.streams
         for holder in dump.holders:
             for group_idx, (joined, tiers) in holder.groups.items():
@@ -239,12 +250,12 @@ class PrefixIndex:
         return index
 
     def _load(self, holder: Holder, group_idx: int, joined: bytes, tiers: bytes) -> None:
-        if len(joined) != 16 * len(tiers) or not set(tiers) <= set(range(1, _ALL_TIERS + 1)):
+        if len(joined) != self._hash_bytes * len(tiers) or not set(tiers) <= set(range(1, _ALL_TIERS + 1)):
             raise EventDecodeError(
                 f"the dump of {holder} has {len(joined)} bytes of hashes for {len(tiers)} blocks, or a tier unknown"
             )
         shelf = self._shelf(holder)
-        columns, keys = np.frombuffer(tiers, np.uint8), np.frombuffer(joined, "V16")
+        columns, keys = np.frombuffer(tiers, np.uint8), np.frombuffer(joined, f"V{self._hash_bytes}")
         for bits in np.unique(columns).tolist():
             self._add(shelf, group_idx, keys[columns == bits].tolist(), bits << shelf.shift)
 
@@ -281,7 +292,7 @@ class PrefixIndex:
         """Applies the rows of a batch from `first` on, run by run of those that do the same."""
         shelf = self._shelf(Holder(batch.worker_id, batch.dp_rank))
         self._events += len(batch) - first
-        for run in _runs(batch, first):
+        for run in _runs(batch, first, self._hash_bytes):
             match run.event_type:
                 case EventType.CREATED.code:
                     self._add(shelf, run.group_idx, run.keys, shelf.bit(run.tier))
@@ -361,9 +372,9 @@ class _Run(NamedTuple):
     keys: list[bytes]
 
 
-def _runs(batch: KvEventBatch, first: int) -> Iterator[_Run]:
+def _runs(batch: KvEventBatch, first: int, hash_bytes: int) -> Iterator[_Run]:
     """Cuts a batch, from row `first` on, into runs whose every event changes something."""
-    hashes = np.ascontiguousarray(batch.sequence_hashes[first:], "<u4")
+    hashes = np.ascontiguousarray(batch.sequence_hashes[first:, : hash_bytes // 4], "<u4")
     types, tiers, origins = batch.event_types[first:], batch.tiers[first:], batch.from_tiers[first:]
     moved = types == EventType.MIGRATED.code
     if moved.any():
@@ -377,20 +388,21 @@ def _runs(batch: KvEventBatch, first: int) -> Iterator[_Run]:
     sound = (tiers <= max(Tier)) & (origins <= max(Tier)) & (named | (types == EventType.CLEARED.code))
     kinds = np.stack([np.where(sound, types, np.uint8(_NO_CHANGE)), tiers, origins, batch.group_idx[first:]])
     starts = [0, *(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0)) + 1).tolist()]
-    keys = hashes.view("V16").ravel().tolist()
+    keys = hashes.view(f"V{hash_bytes}").ravel().tolist()
     for (event_type, tier, origin, group_idx), start, stop in zip(
         kinds[:, starts].T.tolist(), starts, [*starts[1:], len(keys)], strict=True
     ):
         yield _Run(event_type, tier, origin, group_idx, keys[start:stop])
 
 
-def _keys(hashes: NDArray[np.uint32] | Sequence[bytes]) -> Sequence[bytes]:
-    """Hashes as bytes, 16 each."""
+def _keys(hashes: NDArray[np.uint32] | Sequence[bytes], hash_bytes: int) -> Sequence[bytes]:
+    """Hashes as bytes, the first so many of each."""
     if isinstance(hashes, np.ndarray):
         if hashes.dtype != np.uint32 or hashes.ndim != 2 or hashes.shape[1] != 4:
             raise HashingError(f"hashes must be uint32[n, 4]; these are {hashes.dtype}{list(hashes.shape)}")
-        keys: list[bytes] = np.ascontiguousarray(hashes, "<u4").view("V16").ravel().tolist()
+        words = np.ascontiguousarray(hashes[:, : hash_bytes // 4], "<u4")
+        keys: list[bytes] = words.view(f"V{hash_bytes}").ravel().tolist()
         return keys
-    if not all(isinstance(key, bytes) and len(key) == len(_NO_HASH) for key in hashes):
+    if not all(isinstance(key, bytes) and len(key) == 16 for key in hashes):
         raise HashingError("hashes must be uint32[n, 4], or 16 bytes each")
-    return hashes
+    return [key[:hash_bytes] for key in hashes]
