@@ -6,7 +6,7 @@ from event_streams import CONTENT, NAMES, SIZE, Believer, assert_parents_first, 
 from hypothesis import given
 
 from kvbm_jax.errors import BlockStateError
-from kvbm_jax.events import EventType, PrefixIndex, RecordingEventSink, WorkerSnapshot
+from kvbm_jax.events import EventType, Holder, PrefixIndex, RecordingEventSink, WorkerSnapshot
 from kvbm_jax.events.consolidator import Consolidation, Consolidator
 from kvbm_jax.protocols import Tier
 
@@ -204,3 +204,17 @@ def test_a_subscriber_believes_the_union_whatever_the_order(steps, mode):
         ours = [name in blocks for name in (NAMES[0], NAMES[1], NAMES[2], NAMES[3])]
         assert found.get(rank, 0) == [*ours, False].index(False)
     assert all(e.event_type is not EventType.MIGRATED for e in sink.events) or mode is Consolidation.PER_TIER
+
+
+def test_ranks_with_streams_of_their_own_are_one_worker_behind_a_consolidator():
+    sink, consolidator = make("per_tier")
+    index = PrefixIndex()
+    ranks = [consolidator.source(f"rank {rank}") for rank in range(2)]
+    for number, block in enumerate([0, 1, 2]):  # each rank counts its own events
+        for rank, source in enumerate(ranks):
+            source.publish(batch(event("created", block, dp_rank=rank, event_id=number, timestamp=10 * number + rank)))
+    ranks[1].close()
+    for told_batch in sink.batches:
+        index.apply(told_batch)
+    assert {h: o.blocks for h, o in index.find_matches(chain("abcd")).items()} == {Holder("w"): 3}
+    assert index.incomplete() == ()

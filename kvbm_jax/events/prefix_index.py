@@ -113,6 +113,10 @@ class PrefixIndex:
     that come again are passed over. A worker whose ids begin anew at a later time was restarted, and what was known of
     it is forgotten.
 
+    A worker id stands for one stream, with one count of ids for all its ranks. Ranks that publish apart from each
+    other, as engines' do, each at a port of its own, need worker ids of their own, or a `Consolidator` before the
+    index.
+
     Args:
       hash_bytes: How much of each hash is looked at: 16, all of it; or 8, which is what the engines' and Dynamo's
       languages
