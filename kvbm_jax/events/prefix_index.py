@@ -38,6 +38,8 @@ DUMP_VERSION = 1
 
 _TIER_BITS = np.array([1 << (tier - 1) for tier in Tier], np.uint8)
 _ALL_TIERS = int(_TIER_BITS.sum())
+_PLAIN = frozenset({EventType.CREATED.code, EventType.DELETED.code})
+_TIERS = frozenset(map(int, Tier))
 _NO_CHANGE = 255  # in a column of event types: a row that names no block or no tier
 
 
@@ -276,7 +278,9 @@ class PrefixIndex:
         if first > stream.next_event_id:
             self._missed += first - stream.next_event_id
             stream.complete = False
-        known = int(np.searchsorted(batch.event_ids, stream.next_event_id))
+        known = 0
+        if first < stream.next_event_id:
+            known = int(np.searchsorted(batch.event_ids, stream.next_event_id))
         self._passed_over += known
         if known < len(batch):
             stream.next_event_id, stream.timestamp = last + 1, int(batch.timestamps[-1])
@@ -379,7 +383,13 @@ class _Run(NamedTuple):
 def _runs(batch: KvEventBatch, first: int, hash_bytes: int) -> Iterator[_Run]:
     """Cuts a batch, from row `first` on, into runs whose every event changes something."""
     hashes = np.ascontiguousarray(batch.sequence_hashes[first:, : hash_bytes // 4], "<u4")
+    keys = hashes.view(f"V{hash_bytes}").ravel().tolist()
     types, tiers, origins = batch.event_types[first:], batch.tiers[first:], batch.from_tiers[first:]
+    group_idx = batch.group_idx[first:]
+    one = int(types[0]), int(tiers[0]), int(origins[0]), int(group_idx[0])
+    if one[0] in _PLAIN and one[1] in _TIERS and bytes(hash_bytes) not in keys and _same(types, tiers, group_idx):
+        yield _Run(*one, keys)  # what most batches are
+        return
     moved = types == EventType.MIGRATED.code
     if moved.any():
         if batch.to_workers:
@@ -390,13 +400,17 @@ def _runs(batch: KvEventBatch, first: int, hash_bytes: int) -> Iterator[_Run]:
         types = np.where(stays, np.uint8(EventType.CREATED.code), types)
     named = hashes.any(axis=1) & (tiers > 0)
     sound = (tiers <= max(Tier)) & (origins <= max(Tier)) & (named | (types == EventType.CLEARED.code))
-    kinds = np.stack([np.where(sound, types, np.uint8(_NO_CHANGE)), tiers, origins, batch.group_idx[first:]])
+    kinds = np.stack([np.where(sound, types, np.uint8(_NO_CHANGE)), tiers, origins, group_idx])
     starts = [0, *(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0)) + 1).tolist()]
-    keys = hashes.view(f"V{hash_bytes}").ravel().tolist()
     for (event_type, tier, origin, group_idx), start, stop in zip(
         kinds[:, starts].T.tolist(), starts, [*starts[1:], len(keys)], strict=True
     ):
         yield _Run(event_type, tier, origin, group_idx, keys[start:stop])
+
+
+def _same(*columns: NDArray[np.unsignedinteger]) -> bool:
+    """Whether each column has one value in all rows."""
+    return all(column.tobytes() == column[:1].tobytes() * len(column) for column in columns)
 
 
 def _keys(hashes: NDArray[np.uint32] | Sequence[bytes], hash_bytes: int) -> Sequence[bytes]:
