@@ -12,15 +12,18 @@ Deletion is eager: each block remembers its way.
 Axes: N blocks, S sets (a power of two, at least N / 4), W = 8 ways, M keys of one call, 5 words of a key.
 """
 
+import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax.bits import select_bit
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 
 __all__ = ["KEY_WORDS", "BlockIndex", "delete", "init", "insert", "lookup", "rebuild"]
 
@@ -38,9 +41,9 @@ _EXCESS: Final = 1e-13  # probability that a pass has more rows than it takes
 class BlockIndex:
     """Table from key to block. Keys themselves live beside the blocks, in `keys`."""
 
-    table: jax.Array  # i32[S, 2W]: block ids (N where empty), then their fingerprints as bits
+    table: jax.Array  # i32[S, W, 2]: block ids (N where empty), and their fingerprints as bits
     keys: jax.Array  # u32[N, 5]: key of each registered block
-    ways: jax.Array  # i32[N]: place in `table` of each registered block, as set * 2W + way; S * 2W if none
+    ways: jax.Array  # i32[N]: place in `table` of each registered block, as set * W + way; S * W if none
     seed: jax.Array  # u32[]: of the mix that chooses sets and fingerprints
 
 
@@ -50,45 +53,38 @@ def init(num_blocks: int, seed: int = 0) -> BlockIndex:
     while sets * _WAYS < 2 * num_blocks:
         sets *= 2
     return BlockIndex(
-        table=jnp.concatenate(
-            [jnp.full((sets, _WAYS), num_blocks, jnp.int32), jnp.zeros((sets, _WAYS), jnp.int32)], axis=1
-        ),
+        table=jnp.zeros((sets, _WAYS, 2), jnp.int32).at[:, :, 0].set(num_blocks),
         keys=jnp.zeros((num_blocks, KEY_WORDS), jnp.uint32),
-        ways=jnp.full((num_blocks,), sets * 2 * _WAYS, jnp.int32),
+        ways=jnp.full((num_blocks,), sets * _WAYS, jnp.int32),
         seed=jnp.uint32(seed),
     )
 
 
 def is_registered(index: BlockIndex, blocks: jax.Array) -> jax.Array:
     """Tells for i32[M] blocks whether each is in the index; False for padding."""
-    none = index.table.size
-    return index.ways.at[blocks].get(mode="fill", fill_value=none) != none
+    none = _nowhere(index.table)
+    return index.ways.at[blocks].get(**FILL, fill_value=none) != none
 
 
-def lookup(index: BlockIndex, keys: jax.Array) -> jax.Array:
+def lookup(index: BlockIndex, hashes: jax.Array, group: jax.Array | int = 0) -> jax.Array:
     """Finds the blocks that hold the keys.
 
     Args:
       index: the index.
-      keys: u32[..., 5].
+      hashes: u32[..., 4], the first words of each key.
+      group: the last word, u32[] or i32[] for all, or [...] for each.
 
     Returns:
       i32[...] block ids, N where no block holds the key.
     """
-    num_blocks = index.ways.shape[0]
-    # Without barriers XLA computes the mix anew for every word of a row that it reads.
-    set_a, set_b, fingerprint = fence(_mix(keys, index.seed, index.table.shape[0]))
-    row = index.table[jnp.stack([set_a, set_b])]  # [2, ..., 2W]
-    ids = row[..., :_WAYS]
-    hit = (row[..., _WAYS:] == fingerprint[None, ..., None]) & (ids < num_blocks)
-    block = fence(jnp.min(jnp.where(hit, ids, num_blocks), axis=-1))
-    held = index.keys.at[block].get(mode="fill", fill_value=0)
-    equal = jnp.all(held == keys[None], axis=-1)  # N's key is the padding, which could be asked for
-    return jnp.min(jnp.where(equal, block, num_blocks), axis=0)
+    flat = hashes.reshape(-1, KEY_WORDS - 1)
+    last = jnp.asarray(group, jnp.uint32)
+    words = (*flat.T, last.reshape(-1) if last.ndim else last)
+    return _find(index, words, _probe(index, words)).reshape(hashes.shape[:-1])
 
 
 def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Array) -> tuple[BlockIndex, jax.Array]:
-    """Puts keys into the index; of equal keys in one call the first wins.
+    """Puts keys into the index that are not in it; of equal keys in one call the first wins.
 
     At first each set takes one key, the first row that wants it. What is left over goes on, fewer rows with every pass;
     once they are few, they are ranked within their sets and take free ways by rank. So the outcome is that of some
@@ -97,39 +93,81 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
     sets of a key may be full.
 
     Args:
-      index: the index; none of the masked keys is in it.
+      index: the index.
       keys: u32[M, 5].
       blocks: i32[M], distinct and not registered where masked.
-      mask: bool[M].
+      mask: bool[M], which rows to insert; of the others the owner is told.
 
     Returns:
-      The index, and i32[M] owners: the block that now holds the row's key (another row's for a repeated key), N where
-      the key was refused or the row is not masked.
+      The index, and i32[M] owners: the block that now holds the row's key, which is another row's for a repeated key
+      and an earlier call's for a key that was there; N where the key was refused, or is neither there nor masked.
     """
     num_blocks, num_sets = index.ways.shape[0], index.table.shape[0]
-    count, nowhere = blocks.shape[0], index.table.size
-    rows = _Rows(keys, blocks, *fence(_mix(keys, index.seed, num_sets)))
-    table, ways, owners, pending = _claim(index.table, rows, mask, num_blocks)
+    count, nowhere = blocks.shape[0], _nowhere(index.table)
+    words = tuple(fence(keys).T)
+    probe = _probe(index, words)
+    found = _find(index, words, probe)
+    index, probe, found = fence((index, probe, found))
+    rows = _Rows(keys, blocks, probe.sets, probe.fingerprints)
+    absent = mask & (found == num_blocks)
+    table, ways, owners, pending = _claim(index.table, rows, probe.rows, absent, num_blocks)
+    owners = jnp.where(absent, owners, found)
     numbers = jnp.arange(count, dtype=jnp.int32)
     for few in _passes(count, num_sets):
         rank = jnp.cumsum(pending, dtype=jnp.int32)
         slot = jnp.where(pending, rank - 1, few)
-        numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(numbers, mode="drop"))
-        rest = jax.tree.map(lambda leaf, at=numbers: leaf.at[at].get(mode="clip"), rows)
+        numbers = fence(jnp.full((few,), count, jnp.int32).at[slot].set(numbers, **DROP))
+        rest = _Rows(
+            keys.at[numbers].get(**CLIP),
+            blocks.at[numbers].get(**CLIP),
+            probe.sets.at[:, numbers].get(**CLIP),
+            probe.fingerprints.at[numbers].get(**CLIP),
+        )
         again = _claim if few > _FEW else _settle
-        table, late_ways, late_owners, pending = again(table, rest, numbers < count, num_blocks)
-        owners = owners.at[numbers].set(late_owners, mode="drop")
-        ways = ways.at[numbers].set(late_ways, mode="drop")
+        table, late_ways, late_owners, pending = again(table, rest, table[rest.sets], numbers < count, num_blocks)
+        owners = owners.at[numbers].set(late_owners, **DROP)
+        ways = ways.at[numbers].set(late_ways, **DROP)
     target = jnp.where(ways != nowhere, blocks, num_blocks)
     return (
         replace(
             index,
             table=table,
-            keys=index.keys.at[target].set(keys, mode="drop"),
-            ways=index.ways.at[target].set(ways, mode="drop"),
+            keys=index.keys.at[target].set(keys, **DROP),
+            ways=index.ways.at[target].set(ways, **DROP),
         ),
         owners,
     )
+
+
+class _Probe(NamedTuple):
+    """Where keys belong, and what is there."""
+
+    sets: jax.Array  # i32[2, M]
+    fingerprints: jax.Array  # i32[M]
+    rows: jax.Array  # i32[2, M, W, 2]: of the table
+
+
+def _probe(index: BlockIndex, words: Sequence[jax.Array]) -> _Probe:
+    """Looks up the sets of keys, whose words are u32[M] each, or u32[] where all have the same."""
+    # Without barriers XLA computes the mix anew for every word of a row that it reads.
+    set_a, set_b, fingerprints = fence(_mix(words, index.seed, index.table.shape[0]))
+    sets = jnp.stack([set_a, set_b])
+    return _Probe(sets, fingerprints, fence(index.table[sets]))
+
+
+def _find(index: BlockIndex, words: Sequence[jax.Array], probe: _Probe) -> jax.Array:
+    """The blocks that hold keys of these words, i32[M]; N where none does."""
+    num_blocks = index.ways.shape[0]
+    block = jnp.full(probe.sets.shape, num_blocks, jnp.int32)
+    for way in range(_WAYS):  # unrolled: XLA's loops over a short axis are slow
+        hit = probe.rows[..., way, 1] == probe.fingerprints[None]
+        block = jnp.where(hit, jnp.minimum(block, probe.rows[..., way, 0]), block)
+    block = fence(block)
+    held = index.keys.at[block].get(**FILL, fill_value=0)
+    equal = block < num_blocks
+    for i, word in enumerate(words):
+        equal &= held[..., i] == (word[None] if word.ndim else word)
+    return jnp.min(jnp.where(equal, block, num_blocks), axis=0)
 
 
 class _Rows(NamedTuple):
@@ -137,114 +175,113 @@ class _Rows(NamedTuple):
 
     keys: jax.Array  # u32[M, 5]
     blocks: jax.Array  # i32[M]
-    set_a: jax.Array  # i32[M]
-    set_b: jax.Array  # i32[M]
+    sets: jax.Array  # i32[2, M]
     fingerprints: jax.Array  # i32[M]
 
 
 class _Outcome(NamedTuple):
     """What a pass has done."""
 
-    table: jax.Array  # i32[S, 2W]
-    ways: jax.Array  # i32[M]: the way that the row has got; S * 2W if none
+    table: jax.Array  # i32[S, W, 2]
+    ways: jax.Array  # i32[M]: the way that the row has got; S * W if none
     owners: jax.Array  # i32[M]: the block that holds the key, N if none does yet
     pending: jax.Array  # bool[M]
 
 
-class _Room(NamedTuple):
-    """The two sets of each row."""
+def _free_ways(rows: jax.Array, fingerprints: jax.Array, num_blocks: int) -> jax.Array:
+    """Which ways of table rows i32[2, M, W, 2] may take an entry of fingerprints i32[M]: u32[2, M], a bit for each.
 
-    sets: jax.Array  # i32[2, M]
-    free: jax.Array  # bool[2, M, W]: their free ways
-    num_free: jax.Array  # i32[2, M]: how many; 0 where a set holds the row's fingerprint already
-
-
-def _room(table: jax.Array, rows: _Rows, num_blocks: int) -> _Room:
-    sets = jnp.stack([rows.set_a, rows.set_b])
-    row = table[sets]  # [2, M, 2W]
-    free = row[..., :_WAYS] == num_blocks
-    taken = jnp.any(~free & (row[..., _WAYS:] == rows.fingerprints[None, :, None]), axis=2)
-    return _Room(sets, free, jnp.where(taken, 0, jnp.sum(free, axis=2, dtype=jnp.int32)))
+    None, where the set has that fingerprint already.
+    """
+    free = jnp.zeros(rows.shape[:2], jnp.uint32)
+    taken = jnp.zeros(rows.shape[:2], bool)
+    for way in range(_WAYS):
+        empty = rows[..., way, 0] == num_blocks
+        free |= jnp.where(empty, jnp.uint32(1 << way), 0)
+        taken |= ~empty & (rows[..., way, 1] == fingerprints[None])
+    return jnp.where(taken, 0, free)
 
 
-def _claim(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _Outcome:
-    """Masked rows claim the first free way of the emptier of their sets; the first row of each set wins."""
-    num_sets, width = table.shape
-    count, nowhere = rows.blocks.shape[0], table.size
-    room = _room(table, rows, num_blocks)
-    ways = room.sets * width + jnp.argmax(room.free, axis=2).astype(jnp.int32)
-    fits = mask & (jnp.max(room.num_free, axis=0) > 0)
-    fits, way = fence(
-        (fits, jnp.where(fits, jnp.where(room.num_free[1] > room.num_free[0], ways[1], ways[0]), nowhere))
-    )
+def _claim(table: jax.Array, rows: _Rows, content: jax.Array, mask: jax.Array, num_blocks: int) -> _Outcome:
+    """Masked rows claim the first free way of the emptier of their sets; the first row of each set wins.
+
+    `content` i32[2, M, W, 2] is what the table has in these sets.
+    """
+    count, nowhere = rows.blocks.shape[0], _nowhere(table)
+    free = fence(_free_ways(content, rows.fingerprints, num_blocks))
+    num_free = jax.lax.population_count(free)
+    second = num_free[1] > num_free[0]
+    chosen = jnp.where(second, free[1], free[0])
+    first = jax.lax.population_count((chosen & -chosen) - 1).astype(jnp.int32)
+    way = jnp.where(second, rows.sets[1], rows.sets[0]) * _WAYS + first
+    fits = mask & (chosen != 0)
+    fits, way = fence((fits, jnp.where(fits, way, nowhere)))
     # A claim is the row's number less M: negative, so below every block id, and the first row's is the least.
     order = jnp.arange(-count, 0, dtype=jnp.int32)
-    claimed = table.reshape(-1).at[way].min(order, mode="drop")
-    claimed, winner = fence((claimed, claimed.at[way].get(mode="fill", fill_value=0) + count))
+    claimed = table.reshape(-1, 2).at[way, 0].min(order, **DROP)
+    claimed, winner = fence((claimed, claimed.at[way, 0].get(**FILL, fill_value=0) + count))
     won = fits & (winner == order + count)
-    same = fits & ~won & jnp.all(rows.keys.at[winner].get(mode="clip") == rows.keys, axis=1)
+    same = fits & ~won & jnp.all(rows.keys.at[winner].get(**CLIP) == rows.keys, axis=1)
     won, same = fence((won, same))
-    owner = jnp.where(won | same, rows.blocks.at[winner].get(mode="clip"), num_blocks)
+    owner = jnp.where(won | same, rows.blocks.at[winner].get(**CLIP), num_blocks)
     way = jnp.where(won, way, nowhere)
-    return _Outcome(_put(claimed, way, rows).reshape(num_sets, width), way, owner, mask & ~won & ~same)
+    return _Outcome(_put(claimed, way, rows).reshape(table.shape), way, owner, mask & ~won & ~same)
 
 
-def _settle(table: jax.Array, rows: _Rows, mask: jax.Array, num_blocks: int) -> _Outcome:
+def _settle(table: jax.Array, rows: _Rows, content: jax.Array, mask: jax.Array, num_blocks: int) -> _Outcome:
     """Masked rows take free ways of one of their sets by rank; compares each row with each.
 
     A row chooses the set that would have more ways to spare if every earlier row that can go there went there. Rows
-    that repeat an earlier one's key do not choose: they share its lot.
+    that repeat an earlier one's key do not choose: they share its lot. `content` i32[2, M, W, 2] is what the table has
+    in these sets.
     """
-    num_sets, width = table.shape
-    count, nowhere = rows.blocks.shape[0], table.size
-    room = fence(_room(table, rows, num_blocks))
+    count, nowhere = rows.blocks.shape[0], _nowhere(table)
+    free = fence(_free_ways(content, rows.fingerprints, num_blocks))
+    num_free = jax.lax.population_count(free).astype(jnp.int32)
     order = jnp.arange(count, dtype=jnp.int32)
     earlier = (order[None, :] < order[:, None]) & mask[None, :]
     twins = rows.fingerprints[None, :] == rows.fingerprints[:, None]
-    repeats = earlier & twins & jnp.all(room.sets[:, :, None] == room.sets[:, None, :], axis=0)
+    repeats = earlier & twins & jnp.all(rows.sets[:, :, None] == rows.sets[:, None, :], axis=0)
     first = jnp.min(jnp.where(repeats, order[None, :], count), axis=1)
     leads = fence(mask & (first == count))
     earlier &= leads[None, :]
 
-    meets = jnp.any(room.sets[:, :, None, None] == room.sets.T[None, None, :, :], axis=3)  # [2, M, M]
-    spare = room.num_free - jnp.sum(meets & earlier[None], axis=2, dtype=jnp.int32)
-    second = fence((spare[1] > spare[0]) & (room.num_free[1] > 0) | (room.num_free[0] == 0))
-    sets = jnp.where(second, room.sets[1], room.sets[0])
-    free = jnp.where(second[:, None], room.free[1], room.free[0])
+    meets = jnp.any(rows.sets[:, :, None, None] == rows.sets.T[None, None, :, :], axis=3)  # [2, M, M]
+    spare = num_free - jnp.sum(meets & earlier[None], axis=2, dtype=jnp.int32)
+    second = fence((spare[1] > spare[0]) & (num_free[1] > 0) | (num_free[0] == 0))
+    sets = jnp.where(second, rows.sets[1], rows.sets[0])
+    chosen = jnp.where(second, free[1], free[0])
     beside = earlier & (sets[None, :] == sets[:, None])
     rank = jnp.sum(beside, axis=1, dtype=jnp.int32)
-    fits = ~jnp.any(beside & twins, axis=1) & (rank < jnp.where(second, room.num_free[1], room.num_free[0]))
-    lane = jnp.arange(_WAYS, dtype=jnp.int32)
-    below = jnp.sum(free[:, None, :] & (lane[None, :] < lane[:, None])[None], axis=2, dtype=jnp.int32)
-    place = jnp.argmax(free & (below == rank[:, None]), axis=1).astype(jnp.int32)
+    fits = ~jnp.any(beside & twins, axis=1) & (rank < jax.lax.population_count(chosen).astype(jnp.int32))
     won = leads & fits
-    won, way = fence((won, jnp.where(won, sets * width + place, nowhere)))
-    same = mask & won.at[first].get(mode="fill", fill_value=False)
-    same &= jnp.all(rows.keys.at[first].get(mode="clip") == rows.keys, axis=1)
-    owner = jnp.where(won, rows.blocks, jnp.where(same, rows.blocks.at[first].get(mode="clip"), num_blocks))
-    return _Outcome(_put(table.reshape(-1), way, rows).reshape(num_sets, width), way, owner, mask & ~won & ~same)
+    won, way = fence((won, jnp.where(won, sets * _WAYS + select_bit(chosen, rank), nowhere)))
+    same = mask & won.at[first].get(**FILL, fill_value=False)
+    same &= jnp.all(rows.keys.at[first].get(**CLIP) == rows.keys, axis=1)
+    owner = jnp.where(won, rows.blocks, jnp.where(same, rows.blocks.at[first].get(**CLIP), num_blocks))
+    return _Outcome(_put(table.reshape(-1, 2), way, rows).reshape(table.shape), way, owner, mask & ~won & ~same)
 
 
 def _put(table: jax.Array, way: jax.Array, rows: _Rows) -> jax.Array:
-    """Writes rows into distinct ways i32[M], padded with S * 2W, of the flat table."""
-    return (
-        table.at[way]
-        .set(rows.blocks, mode="drop")
-        .at[jnp.where(way < table.size, way + _WAYS, way)]
-        .set(rows.fingerprints, mode="drop")
-    )
+    """Writes rows into distinct ways i32[M], padded with S * W, of the table i32[S * W, 2]."""
+    return table.at[way].set(jnp.stack([rows.blocks, rows.fingerprints], axis=1), **DROP)
+
+
+def _nowhere(table: jax.Array) -> int:
+    """The way of a block that has none."""
+    return table.shape[0] * _WAYS
 
 
 def delete(index: BlockIndex, blocks: jax.Array) -> BlockIndex:
     """Takes blocks, i32[M] padded with N, out of the index; one that is not in it stays as it is."""
     num_blocks = index.ways.shape[0]
-    nowhere = index.table.size
-    ways = index.ways.at[blocks].get(mode="fill", fill_value=nowhere)
+    nowhere = _nowhere(index.table)
+    ways = index.ways.at[blocks].get(**FILL, fill_value=nowhere)
     old, ways = fence((index.ways, ways))
     return replace(
         index,
-        table=index.table.reshape(-1).at[ways].set(num_blocks, mode="drop").reshape(index.table.shape),
-        ways=old.at[blocks].set(nowhere, mode="drop"),
+        table=index.table.reshape(-1, 2).at[ways, 0].set(num_blocks, **DROP).reshape(index.table.shape),
+        ways=old.at[blocks].set(nowhere, **DROP),
     )
 
 
@@ -262,15 +299,15 @@ def rebuild(index: BlockIndex, seed: jax.Array) -> tuple[BlockIndex, jax.Array]:
     chunks = -(-num_blocks // chunk)
     empty = replace(
         index,
-        table=index.table.at[:, :_WAYS].set(num_blocks),
-        ways=jnp.full_like(index.ways, index.table.size),
+        table=index.table.at[:, :, 0].set(num_blocks),
+        ways=jnp.full_like(index.ways, _nowhere(index.table)),
         seed=jnp.asarray(seed, jnp.uint32),
     )
 
     def insert_chunk(new: BlockIndex, first: jax.Array) -> tuple[BlockIndex, jax.Array]:
         blocks = first + jnp.arange(chunk, dtype=jnp.int32)
-        mask = registered.at[blocks].get(mode="fill", fill_value=False)
-        keys = new.keys.at[blocks].get(mode="fill", fill_value=0)
+        mask = registered.at[blocks].get(**FILL, fill_value=False)
+        keys = new.keys.at[blocks].get(**FILL, fill_value=0)
         new, owners = insert(new, keys, blocks, mask)
         return new, jnp.sum(mask & (owners == num_blocks), dtype=jnp.int32)
 
@@ -308,10 +345,18 @@ def _bound(mean: float, count: int) -> int:
     return min(few, count)
 
 
-def _mix(keys: jax.Array, seed: jax.Array, num_sets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Two sets i32[...] and a fingerprint i32[...] of keys u32[..., 5]; MurmurHash3's body and finaliser, twice."""
-    first = _murmur3(keys, seed)
-    second = _murmur3(keys, seed ^ jnp.uint32(0x9E3779B9))
+def _mix(words: Sequence[jax.Array], seed: jax.Array, num_sets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Two sets i32[M] and a fingerprint i32[M] of keys, whose words are u32[M] each, or u32[] where all have the same.
+
+    Two multilinear hashes, whose multipliers come from the seed, each finalised.
+    """
+    number = jnp.arange(2 * KEY_WORDS, dtype=jnp.uint32)
+    multipliers = fence(_finalise(seed + number * jnp.uint32(0x9E3779B9)) | 1)
+
+    def multilinear(first: int) -> jax.Array:
+        return _finalise(functools.reduce(jnp.add, (word * multipliers[first + i] for i, word in enumerate(words))))
+
+    first, second = fence((multilinear(0), multilinear(KEY_WORDS)))
     fingerprint = _finalise(first + (second << 16 | second >> 16))
     low = jnp.uint32(num_sets - 1)
     return (
@@ -321,18 +366,8 @@ def _mix(keys: jax.Array, seed: jax.Array, num_sets: int) -> tuple[jax.Array, ja
     )
 
 
-def _murmur3(keys: jax.Array, seed: jax.Array) -> jax.Array:
-    """MurmurHash3_x86_32 (Appleby, 2011) of the words of u32[..., 5]."""
-    h = jnp.broadcast_to(seed, keys.shape[:-1])
-    for word in range(KEY_WORDS):
-        k = keys[..., word] * jnp.uint32(0xCC9E2D51)
-        k = (k << 15 | k >> 17) * jnp.uint32(0x1B873593)
-        h = h ^ k
-        h = (h << 13 | h >> 19) * jnp.uint32(5) + jnp.uint32(0xE6546B64)
-    return _finalise(h ^ jnp.uint32(4 * KEY_WORDS))
-
-
 def _finalise(h: jax.Array) -> jax.Array:
+    """The finaliser of MurmurHash3_x86_32 (Appleby, 2011)."""
     h = (h ^ h >> 16) * jnp.uint32(0x85EBCA6B)
     h = (h ^ h >> 13) * jnp.uint32(0xC2B2AE35)
     return h ^ h >> 16

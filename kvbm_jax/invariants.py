@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from kvbm_jax import index as block_index
+from kvbm_jax import lru
 from kvbm_jax.errors import InvariantError
 from kvbm_jax.groups import first_places
 from kvbm_jax.pool import PoolState
@@ -81,16 +82,15 @@ def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
     in_reset = jnp.zeros((num_blocks,), jnp.int32).at[stacked].add(1, mode="drop")
 
     queue = state.inactive
-    bits = (queue.live[:, :, None] >> jnp.arange(32, dtype=jnp.uint32)[None, None, :]) & 1
-    entries = jnp.where(bits.reshape(-1) == 1, queue.ring, num_blocks)
+    bits = lru.live(queue)
+    entries = jnp.where(bits, queue.ring, num_blocks)
     in_queue = jnp.zeros((num_blocks,), jnp.int32).at[entries].add(1, mode="drop")
     held = (state.ref_counts > 0).astype(jnp.int32)
 
     registered = block_index.is_registered(state.index, blocks)
-    found = block_index.lookup(state.index, state.index.keys)
-    ways = state.index.table.shape[1] // 2
-    entries_in_table = jnp.sum(state.index.table[:, :ways] != num_blocks)
-    group_bits = jnp.sum(bits, axis=(1, 2), dtype=jnp.int32)
+    keys = state.index.keys
+    found = block_index.lookup(state.index, keys[:, :4], keys[:, 4])
+    entries_in_table = jnp.sum(state.index.table[:, :, 0] != num_blocks)
 
     def count(mask: jax.Array) -> jax.Array:
         return jnp.sum(mask, dtype=jnp.int32)
@@ -102,7 +102,10 @@ def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
         inactive_but_unregistered=count((in_queue > 0) & ~registered),
         index_disagrees=count(registered & (found != blocks)),
         stray_ways=jnp.abs(entries_in_table - jnp.sum(registered)).astype(jnp.int32),
-        queue_counts_disagree=count(group_bits != queue.counts) + (jnp.sum(group_bits) != queue.size).astype(jnp.int32),
+        queue_counts_disagree=sum(
+            (count(right != level) for right, level in zip(lru.tree_of(bits), queue.tree, strict=True)),
+            (count(bits) != queue.size).astype(jnp.int32),
+        ),
         held_by_tables=jnp.int32(0) if holders is None else count(holders != state.ref_counts),
     )
 

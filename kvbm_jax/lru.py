@@ -2,8 +2,9 @@
 
 A ring of positions that only grow. A block that becomes inactive is pushed at the tail; one that is hit again is
 removed wherever it stands, which leaves a hole; eviction pops the first live entries after the head. What makes the
-holes cheap is a bit per position and a count per group of 1,024 positions: popping n blocks finds their positions by
-rank, in fixed-size work that does not depend on how many holes lie between.
+holes cheap is a tree over the ring: a bit per position, and above it how many are set below each node, with eight
+children each. Popping n blocks finds their positions by rank, down the tree, in fixed-size work that does not depend on
+how many holes lie between.
 
       head                                       tail
        v                                          v
@@ -13,35 +14,40 @@ rank, in fixed-size work that does not depend on how many holes lie between.
 The ring has room for at least as many pushes as the pool has blocks before its owner must call `compact`, which
 closes the holes; a push without room is refused, never lost.
 
-Axes: N blocks, R ring entries (a power of two), G groups of 1,024 entries, M entries of one call.
+Axes: N blocks, R ring entries (a power of two), M entries of one call.
 """
 
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from kvbm_jax import selection
+from kvbm_jax.bits import WORD, select_bit
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 
 __all__ = [
     "LruQueue",
+    "Marks",
     "compact",
     "init",
     "last_occurrence",
-    "move",
+    "live",
+    "mark",
     "order",
     "pop",
     "pop_lowest",
     "push",
     "remove",
     "room",
+    "settle",
+    "tree_of",
 ]
 
-_WORD: Final = 32
-_GROUP: Final = 1024
-_WORDS_PER_GROUP: Final = _GROUP // _WORD
+_FAN: Final = 8  # children of a node
+_MOST_ROOTS: Final = 32
 
 
 @jax.tree_util.register_dataclass
@@ -53,8 +59,8 @@ class LruQueue:
     """
 
     ring: jax.Array  # i32[R]: the block pushed at each position
-    live: jax.Array  # u32[G, 32]: one bit per position, set while its entry is in the queue
-    counts: jax.Array  # i32[G]: live entries of each group
+    tree: tuple[jax.Array, ...]  # u32[8] to u32[32] live entries under each root, 8 times as many below, ..., last
+    # u32[R / 32] words of bits, set while an entry is in the queue
     positions: jax.Array  # u32[N]: position of a queued block; scratch for `last_occurrence` otherwise
     head: jax.Array  # u32[]: no live entry lies before it
     tail: jax.Array  # u32[]: position of the next push
@@ -63,13 +69,12 @@ class LruQueue:
 
 def init(num_blocks: int) -> LruQueue:
     """Returns an empty queue for `num_blocks` blocks."""
-    capacity = 2 * _GROUP
-    while capacity < 2 * num_blocks + _GROUP:
+    capacity = _FAN * _FAN * WORD
+    while capacity < 2 * num_blocks + _FAN * WORD:
         capacity *= 2
     return LruQueue(
         ring=jnp.full((capacity,), num_blocks, jnp.int32),
-        live=jnp.zeros((capacity // _GROUP, _WORDS_PER_GROUP), jnp.uint32),
-        counts=jnp.zeros((capacity // _GROUP,), jnp.int32),
+        tree=_empty_tree(capacity),
         positions=jnp.zeros((num_blocks,), jnp.uint32),
         head=jnp.zeros((), jnp.uint32),
         tail=jnp.zeros((), jnp.uint32),
@@ -80,10 +85,11 @@ def init(num_blocks: int) -> LruQueue:
 def room(queue: LruQueue) -> jax.Array:
     """Returns how many entries may be pushed before `compact` is due, i32[].
 
-    The group that the head lies in is never entered from behind, so that a group's bits are in queue order.
+    What lies under the root that the head lies under is never entered from behind, so that it is in queue order.
     """
     capacity = queue.ring.shape[0]
-    span = queue.tail - (queue.head & jnp.uint32(0xFFFFFFFF ^ (_GROUP - 1)))
+    shift = _shift(queue.tree[0], capacity)
+    span = queue.tail - (queue.head >> shift << shift)
     return jnp.int32(capacity) - span.astype(jnp.int32)
 
 
@@ -103,8 +109,8 @@ def last_occurrence(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> tupl
     num_blocks = queue.positions.shape[0]
     index = jnp.where(mask, blocks, num_blocks)
     order = jnp.arange(1, blocks.shape[0] + 1, dtype=jnp.uint32)
-    positions = queue.positions.at[index].set(0, mode="drop").at[index].max(order, mode="drop")
-    last = mask & (positions.at[index].get(mode="fill", fill_value=0) == order)
+    positions = queue.positions.at[index].set(0, **DROP).at[index].max(order, **DROP)
+    last = mask & (positions.at[index].get(**FILL, fill_value=0) == order)
     positions, last = fence((positions, last))
     return replace(queue, positions=positions), last
 
@@ -126,9 +132,10 @@ def push(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
     entry = jnp.where(mask, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
     pushed = rank[-1]
     return replace(
-        _flip(queue, entry, 1),
-        ring=queue.ring.at[entry].set(blocks, mode="drop"),
-        positions=queue.positions.at[jnp.where(mask, blocks, num_blocks)].set(position, mode="drop"),
+        queue,
+        tree=_flip(queue.tree, entry, 1, capacity=capacity),
+        ring=queue.ring.at[entry].set(blocks, **DROP),
+        positions=queue.positions.at[jnp.where(mask, blocks, num_blocks)].set(position, **DROP),
         tail=queue.tail + pushed.astype(jnp.uint32),
         size=queue.size + pushed,
     )
@@ -146,55 +153,81 @@ def remove(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
       The queue without them.
     """
     capacity = queue.ring.shape[0]
-    position = queue.positions.at[blocks].get(mode="fill", fill_value=0)
+    position = queue.positions.at[blocks].get(**FILL, fill_value=0)
     # The positions are read before they turn into scratch; without the barrier XLA copies the whole array.
     positions, position = fence((queue.positions, position))
     queue, once = last_occurrence(replace(queue, positions=positions), blocks, mask)
     entry = jnp.where(once, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
-    return replace(_flip(queue, entry, -1), size=queue.size - jnp.sum(once, dtype=jnp.int32))
+    return replace(
+        queue,
+        tree=_flip(queue.tree, entry, -1, capacity=capacity),
+        size=queue.size - jnp.sum(once, dtype=jnp.int32),
+    )
 
 
-def move(
-    queue: LruQueue, left: jax.Array, free: jax.Array, wanted: jax.Array, taken: jax.Array, idle: jax.Array
-) -> tuple[LruQueue, jax.Array]:
-    """Takes blocks out like `remove` and appends others like `push`, in one go.
+class Marks(NamedTuple):
+    """What `mark` finds out about blocks for `settle`."""
+
+    last: jax.Array  # bool[K]: the last occurrence of a block that is left
+    once: jax.Array  # bool[L]: one occurrence of each idle block that is taken
+    positions: jax.Array  # u32[L]: where the idle ones stand
+
+
+def mark(queue: LruQueue, left: jax.Array, taken: jax.Array, idle: jax.Array) -> tuple[LruQueue, Marks]:
+    """Begins to append some blocks and to take out others; `settle` ends it, and nothing may come between them.
 
     Args:
-      queue: the queue; `room(queue)` must suffice for what is appended.
-      left: i32[K] blocks, repeats allowed.
-      free: bool[K], which of them nobody holds any more; not queued.
-      wanted: bool[K], which of those are appended, each where it is named last.
-      taken: i32[L] blocks, repeats allowed.
-      idle: bool[L], which of them are queued and taken out; none of them is free.
+      queue: the queue.
+      left: i32[K] blocks that are not queued, padded with N; repeats allowed.
+      taken: i32[L] blocks; repeats allowed.
+      idle: bool[L], which of them are queued.
+    """
+    count = left.shape[0]
+    position = queue.positions.at[taken].get(**FILL, fill_value=0)
+    positions, position = fence((queue.positions, position))
+    known = left < queue.positions.shape[0]
+    queue, once = last_occurrence(
+        replace(queue, positions=positions), jnp.concatenate([left, taken]), jnp.concatenate([known, idle])
+    )
+    return queue, Marks(once[:count], once[count:], position)
 
-    Returns:
-      The queue, and bool[K], the last occurrence of each free block, appended or not.
+
+def settle(
+    queue: LruQueue,
+    marks: Marks,
+    left: jax.Array,
+    pushed: jax.Array,
+    rank: jax.Array,
+    taken: jax.Array,
+    gone: jax.Array,
+) -> LruQueue:
+    """Appends and takes out blocks that were marked.
+
+    Args:
+      queue: as `mark` returned it; `room(queue)` must suffice for what is appended.
+      marks: likewise.
+      left: i32[K] as marked.
+      pushed: bool[K], of `marks.last`, which to append, in this order.
+      rank: i32[K], how many are appended up to and with each.
+      taken: i32[L] as marked.
+      gone: bool[L], of `marks.once`, which to take out; the others stay where they are.
     """
     num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
-    count = left.shape[0]
-    position = queue.positions.at[taken].get(mode="fill", fill_value=0)
-    positions, position = fence((queue.positions, position))
-    queue, once = last_occurrence(
-        replace(queue, positions=positions), jnp.concatenate([left, taken]), jnp.concatenate([free, idle])
-    )
-    last, gone = once[:count], once[count:]
-    pushed = last & wanted
-    rank = jnp.cumsum(pushed, dtype=jnp.int32)
     total = jnp.sum(pushed, dtype=jnp.int32)
     target = queue.tail + (rank - 1).astype(jnp.uint32)
     mask = jnp.uint32(capacity - 1)
     entry = jnp.where(pushed, (target & mask).astype(jnp.int32), capacity)
-    hole = jnp.where(gone, (position & mask).astype(jnp.int32), capacity)
-    sign = jnp.where(jnp.arange(once.shape[0]) < count, 1, -1)
-    return (
-        replace(
-            _flip(queue, jnp.concatenate([entry, hole]), sign),
-            ring=queue.ring.at[entry].set(left, mode="drop"),
-            positions=queue.positions.at[jnp.where(pushed, left, num_blocks)].set(target, mode="drop"),
-            tail=queue.tail + total.astype(jnp.uint32),
-            size=queue.size + total - jnp.sum(gone, dtype=jnp.int32),
-        ),
-        last,
+    hole = jnp.where(gone, (marks.positions & mask).astype(jnp.int32), capacity)
+    sign = jnp.where(jnp.arange(entry.size + hole.size) < entry.size, 1, -1)
+    # The marks have overwritten the positions of those that stay.
+    placed = jnp.concatenate([jnp.where(pushed, left, num_blocks), jnp.where(marks.once & ~gone, taken, num_blocks)])
+    return replace(
+        queue,
+        tree=_flip(queue.tree, jnp.concatenate([entry, hole]), sign, capacity=capacity),
+        ring=queue.ring.at[entry].set(left, **DROP),
+        positions=queue.positions.at[placed].set(jnp.concatenate([target, marks.positions]), **DROP),
+        tail=queue.tail + total.astype(jnp.uint32),
+        size=queue.size + total - jnp.sum(gone, dtype=jnp.int32),
     )
 
 
@@ -204,44 +237,38 @@ def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue,
     Args:
       queue: the queue; `count` must not exceed its size.
       count: i32[].
-      max_count: static bound of `count`; sets the cost, which does not grow with the pool beyond the sum over the
-        group counts (N / 512 integers).
+      max_count: static bound of `count`; sets the cost, which grows with the logarithm of the pool.
 
     Returns:
       The queue, and i32[max_count] blocks in queue order, padded with N.
     """
     num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
-    num_groups = queue.counts.shape[0]
+    roots, *inner, words = queue.tree
     head = (queue.head & jnp.uint32(capacity - 1)).astype(jnp.int32)
-    groups = (head // _GROUP + jnp.arange(num_groups, dtype=jnp.int32)) % num_groups
-    counts = queue.counts[groups]
-    ends = jnp.cumsum(counts, dtype=jnp.int32)
-
     rank = jnp.arange(max_count, dtype=jnp.int32)
     taken = rank < count
-    # How many groups end at or before each rank: a histogram and its sum, since the ranks are consecutive.
-    nth = jnp.cumsum(jnp.zeros((max_count,), jnp.int32).at[ends].add(1, mode="drop"), dtype=jnp.int32)
-    group = fence(groups.at[nth].get(mode="clip"))
-    rank = rank - (ends - counts).at[nth].get(mode="clip")
-    words = queue.live[group]
-    # Sums of at most 1,024 are exact in float32.
-    upper = jnp.triu(jnp.ones((_WORDS_PER_GROUP, _WORDS_PER_GROUP), jnp.float32))
-    bits_set = jax.lax.population_count(words).astype(jnp.float32)
-    word_ends = jnp.matmul(bits_set, upper, precision=jax.lax.Precision.HIGHEST).astype(jnp.int32)
-    word = jnp.sum(word_ends <= rank[:, None], axis=1, dtype=jnp.int32)
-    before = jnp.take_along_axis(word_ends, jnp.maximum(word - 1, 0)[:, None], axis=1, mode="clip")[:, 0]
-    rank = rank - jnp.where(word > 0, before, 0)
-    bits = jnp.take_along_axis(words, word[:, None], axis=1, mode="clip")[:, 0]
-    entry = group * _GROUP + word * _WORD + _select_bit(bits, rank)
+    # The roots are a ring too, in which the head's comes first.
+    first = head >> _shift(roots, capacity)
+    order = (first + jnp.arange(roots.size, dtype=jnp.int32)) % roots.size
+    child, rank = _descend(fence(roots[order])[None, :], rank)
+    node = (first + child) % roots.size
+    for level in inner:
+        node, rank = fence((node, rank))
+        child, rank = _descend(fence(level.reshape(-1, _FAN)[node]), rank)
+        node = node * _FAN + child
+    node, rank = fence((node, rank))
+    child, rank = _descend(jax.lax.population_count(fence(words.reshape(-1, _FAN)[node])), rank)
+    node, rank = fence((node * _FAN + child, rank))
+    entry = node * WORD + select_bit(fence(words[node]), rank)
     entry = fence(jnp.where(taken, entry, capacity))
-    blocks = queue.ring.at[entry].get(mode="fill", fill_value=num_blocks)
-    last = entry.at[jnp.maximum(count - 1, 0)].get(mode="clip")
+    blocks = queue.ring.at[entry].get(**FILL, fill_value=num_blocks)
+    last = entry.at[jnp.maximum(count - 1, 0)].get(**CLIP)
     advance = ((last - head) % capacity + 1).astype(jnp.uint32)
-    live_ring = fence((queue.live, queue.counts, words))
-    queue = _flip(replace(queue, live=live_ring[0], counts=live_ring[1]), entry, -1)
+    tree, entry = fence((queue.tree, entry))
     return (
         replace(
             queue,
+            tree=_flip(tree, entry, -1, capacity=capacity),
             head=jnp.where(count > 0, queue.head + advance, queue.head),
             size=queue.size - count.astype(jnp.int32),
         ),
@@ -275,6 +302,19 @@ def order(queue: LruQueue) -> jax.Array:
     return queue.positions - queue.head
 
 
+def live(queue: LruQueue) -> jax.Array:
+    """Tells which entries of the ring are in the queue, bool[R]."""
+    bits = queue.tree[-1][:, None] >> jnp.arange(WORD, dtype=jnp.uint32)[None, :] & 1
+    return bits.reshape(-1) == 1
+
+
+def tree_of(entries: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the tree over bool[R], the entries that are in the queue."""
+    capacity = entries.size
+    place = jnp.arange(capacity, dtype=jnp.int32)
+    return _flip(_empty_tree(capacity), jnp.where(entries, place, capacity), 1, capacity=capacity)
+
+
 def compact(queue: LruQueue) -> LruQueue:
     """Closes the holes, so that there is room for at least N pushes again.
 
@@ -283,46 +323,56 @@ def compact(queue: LruQueue) -> LruQueue:
     num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
     offset = jnp.arange(capacity, dtype=jnp.uint32)
     entry = ((queue.head + offset) & jnp.uint32(capacity - 1)).astype(jnp.int32)
-    live = (queue.live.reshape(-1)[entry // _WORD] >> (entry % _WORD).astype(jnp.uint32)) & 1
-    # The head's group may hold entries before the head; they are dead, and so are those past the tail.
-    alive = live == 1
+    shift = _shift(queue.tree[0], capacity)
+    # There may be entries before the head under its root; they are dead, and so are those past the tail.
+    alive = live(queue)[entry]
     rank = jnp.cumsum(alive, dtype=jnp.int32) - 1
     blocks = queue.ring[entry]
-    start = queue.head + jnp.uint32(_GROUP - 1) & jnp.uint32(0xFFFFFFFF ^ (_GROUP - 1))
+    start = queue.head + jnp.uint32((1 << shift) - 1) >> shift << shift
     position = start + rank.astype(jnp.uint32)
     target = jnp.where(alive, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
-    empty = replace(
+    return replace(
         queue,
-        ring=jnp.full_like(queue.ring, num_blocks).at[target].set(blocks, mode="drop"),
-        live=jnp.zeros_like(queue.live),
-        counts=jnp.zeros_like(queue.counts),
-        positions=queue.positions.at[jnp.where(alive, blocks, num_blocks)].set(position, mode="drop"),
+        ring=jnp.full_like(queue.ring, num_blocks).at[target].set(blocks, **DROP),
+        tree=_flip(_empty_tree(capacity), target, 1, capacity=capacity),
+        positions=queue.positions.at[jnp.where(alive, blocks, num_blocks)].set(position, **DROP),
         head=start,
         tail=start + queue.size.astype(jnp.uint32),
     )
-    return _flip(empty, target, 1)
 
 
-def _flip(queue: LruQueue, entry: jax.Array, sign: jax.Array | int) -> LruQueue:
+def _flip(
+    tree: tuple[jax.Array, ...], entry: jax.Array, sign: jax.Array | int, *, capacity: int
+) -> tuple[jax.Array, ...]:
     """Sets (`sign` 1) or clears (-1) the bits of distinct ring entries i32[M], padded with R."""
+    *counts, words = tree
     entry = fence(entry)
-    bit = jnp.uint32(1) << (entry % _WORD).astype(jnp.uint32)
-    change = bit * jnp.asarray(sign).astype(jnp.uint32)
-    return replace(
-        queue,
-        live=queue.live.reshape(-1).at[entry // _WORD].add(change, mode="drop").reshape(queue.live.shape),
-        counts=queue.counts.at[entry // _GROUP].add(sign, mode="drop"),
+    signs = jnp.asarray(sign).astype(jnp.uint32)
+    bit = jnp.uint32(1) << (entry % WORD).astype(jnp.uint32)
+    return (
+        *(level.at[entry >> _shift(level, capacity)].add(signs, **DROP) for level in counts),
+        words.at[entry // WORD].add(bit * signs, **DROP),
     )
 
 
-def _select_bit(word: jax.Array, rank: jax.Array) -> jax.Array:
-    """Returns the place, i32[M], of the bit of u32[M] words that has `rank` set bits below it."""
-    place = jnp.zeros_like(rank)
-    for width in (16, 8, 4, 2, 1):
-        low = word & jnp.uint32((1 << width) - 1)
-        below = jax.lax.population_count(low).astype(jnp.int32)
-        upper = rank >= below
-        word = jnp.where(upper, word >> width, low)
-        rank = jnp.where(upper, rank - below, rank)
-        place = place + jnp.where(upper, width, 0)
-    return place
+def _empty_tree(capacity: int) -> tuple[jax.Array, ...]:
+    sizes = [capacity // WORD]
+    while sizes[0] > _MOST_ROOTS:
+        sizes.insert(0, sizes[0] // _FAN)
+    return tuple(jnp.zeros((size,), jnp.uint32) for size in sizes)
+
+
+def _shift(level: jax.Array, capacity: int) -> int:
+    """log2 of how many entries lie under a node of that level."""
+    return (capacity // level.size).bit_length() - 1
+
+
+def _descend(counts: jax.Array, rank: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Finds the child under which the entry of each rank i32[M] lies, and its rank there; counts are u32[M or 1, K]."""
+    child, before, end = jnp.zeros_like(rank), jnp.zeros_like(rank), jnp.zeros_like(rank)
+    for i in range(counts.shape[1] - 1):  # unrolled: XLA's loops over a short axis are slow
+        end = end + counts[:, i].astype(jnp.int32)
+        passed = end <= rank
+        child = child + passed
+        before = jnp.where(passed, end, before)
+    return child, rank - before

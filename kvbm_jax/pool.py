@@ -36,8 +36,10 @@ import jax.numpy as jnp
 
 from kvbm_jax import index as block_index
 from kvbm_jax import lru
+from kvbm_jax.bits import ranks
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -45,12 +47,14 @@ __all__ = [
     "DrawResult",
     "EnterResult",
     "Evicted",
+    "Exchange",
     "MatchResult",
     "PoolState",
     "PoolStats",
     "RegisterResult",
     "Scores",
     "acquire",
+    "admit",
     "allocate",
     "check_generations",
     "clear",
@@ -58,12 +62,13 @@ __all__ = [
     "draw",
     "enter",
     "evict",
+    "exchange",
+    "give_up",
     "init",
     "is_inactive",
     "is_shared",
     "keys_of",
     "match",
-    "move",
     "register",
     "rehash",
     "release",
@@ -215,7 +220,7 @@ def scan(state: PoolState, hashes: jax.Array, counts: jax.Array, *, group: jax.A
     Returns:
       i32[B, M] block ids, N where a hash is not resident. They are not held yet.
     """
-    return jnp.where(_asked(hashes, counts), block_index.lookup(state.index, keys_of(hashes, group)), state.num_blocks)
+    return jnp.where(_asked(hashes, counts), block_index.lookup(state.index, hashes, group), state.num_blocks)
 
 
 def acquire(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
@@ -260,7 +265,7 @@ def allocate(
     counts = jnp.where(valid, counts, 0)
     state, drawn = draw(state, counts, max_count=counts.shape[0] * max_blocks, scores=scores)
     column = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
-    blocks = drawn.block_ids.at[drawn.first[:, None] + column].get(mode="fill", fill_value=state.num_blocks)
+    blocks = drawn.block_ids.at[drawn.first[:, None] + column].get(**FILL, fill_value=state.num_blocks)
     blocks = jnp.where(drawn.granted[:, None] & (column < counts[:, None]), blocks, state.num_blocks)
     status = jnp.where(drawn.granted, Status.OK, Status.OUT_OF_BLOCKS)
     status = jnp.where(valid, status, Status.INVALID_COUNT).astype(jnp.int32)
@@ -284,18 +289,100 @@ def draw(
     _check_ids("counts", counts, "[B]")
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     granted = ends <= state.num_reset + state.inactive.size
+    return _grant(state, counts, ends, granted, max_count=max_count, scores=scores)
+
+
+class Exchange(NamedTuple):
+    """What `exchange` leaves for `admit` to do."""
+
+    dropped: jax.Array  # i32[K]
+    prefixes: jax.Array  # i32[R, M]
+    registered: jax.Array  # bool[K], of the dropped blocks
+    available: jax.Array  # i32[]: blocks that can be granted while all prefixes are held
+    marks: lru.Marks
+
+
+def exchange(state: PoolState, dropped: jax.Array, prefixes: jax.Array) -> tuple[PoolState, Exchange]:
+    """Takes a holder from each dropped block and gives one to each block of the prefixes.
+
+    Nothing but `admit` may change the pool next; until then its queue is not in order.
+
+    Args:
+      state: the pool; `release_room` must be at least the number of blocks that become inactive.
+      dropped: i32[K] held blocks, in the order of their release, named no more often than they are held, padded with N;
+        unchecked.
+      prefixes: i32[R, M] registered or held blocks of rows that want to begin, padded with N; unchecked.
+    """
+    count, taken = dropped.shape[0], prefixes.reshape(-1)
+    named = jnp.concatenate([dropped, taken])
+    registered = block_index.is_registered(state.index, dropped)
+    idle = state.ref_counts.at[taken].get(**FILL, fill_value=1) == 0
+    refs, idle, registered = fence((state.ref_counts, idle, registered))
+    refs = refs.at[named].add(jnp.where(jnp.arange(named.shape[0]) < count, -1, 1), **DROP)
+    left = refs.at[dropped].get(**FILL, fill_value=1)
+    refs, left = fence((refs, left))
+    queue, marks = lru.mark(state.inactive, dropped, taken, idle)
+    freed = jnp.sum(marks.last & (left == 0), dtype=jnp.int32) - jnp.sum(marks.once, dtype=jnp.int32)
+    available = state.num_reset + queue.size + freed
+    return replace(state, ref_counts=refs, inactive=queue), Exchange(dropped, prefixes, registered, available, marks)
+
+
+def admit(
+    state: PoolState, begun: Exchange, counts: jax.Array, *, max_count: int, scores: Scores | None = None
+) -> tuple[PoolState, DrawResult]:
+    """Ends an exchange: grants rows the fresh blocks they want until the first row that does not fit.
+
+    That row and all later ones get nothing, and lose the prefix that they were given without a trace.
+
+    Args:
+      state: the pool, as `exchange` returned it.
+      begun: likewise.
+      counts: i32[B], fresh blocks wanted by each row; rows from R on have no prefix.
+      max_count: static F, the most that is granted: a row does not fit either if it takes the sum beyond that.
+      scores: as in `allocate`.
+
+    Returns:
+      The pool and the fresh blocks, held once each.
+    """
+    _check_ids("counts", counts, "[B]")
+    dropped, prefixes, registered, available, marks = begun
+    count, rows = dropped.shape[0], prefixes.shape[0]
+    taken = prefixes.reshape(-1)
+    ends = jnp.cumsum(counts, dtype=jnp.int32)
+    granted = ends <= jnp.minimum(available, max_count)
+    refused = jnp.where(granted[:rows, None], state.num_blocks, prefixes).reshape(-1)
+    refs = state.ref_counts.at[refused].add(-1, **DROP)
+    unheld = refs.at[jnp.concatenate([dropped, taken])].get(**FILL, fill_value=1) == 0
+    refs, unheld = fence((refs, unheld))
+    free = marks.last & unheld[:count]
+    pushed, reset = fence((free & registered, free & ~registered))
+    push_rank, reset_rank = ranks(pushed, reset)
+    queue = lru.settle(state.inactive, marks, dropped, pushed, push_rank, taken, marks.once & ~unheld[count:])
+    state = _push_reset(replace(state, ref_counts=refs, inactive=queue), dropped, reset, reset_rank)
+    return _grant(state, counts, ends, granted, max_count=max_count, scores=scores)
+
+
+def _grant(
+    state: PoolState,
+    counts: jax.Array,
+    ends: jax.Array,
+    granted: jax.Array,
+    *,
+    max_count: int,
+    scores: Scores | None,
+) -> tuple[PoolState, DrawResult]:
+    """Grants the first rows their blocks; `ends` i32[B] are the sums of `counts`."""
     total = jnp.max(jnp.where(granted, ends, 0), initial=0)
     from_reset = jnp.minimum(total, state.num_reset)
-
     state, evicted = _evict(state, total - from_reset, max_count=max_count, scores=scores)
     nth = jnp.arange(max_count, dtype=jnp.int32)
-    stacked = state.reset_stack.at[state.num_reset - 1 - nth].get(mode="clip")
-    taken = evicted.block_ids.at[nth - from_reset].get(mode="clip")
-    blocks = jnp.where(nth < total, jnp.where(nth < from_reset, stacked, taken), state.num_blocks)
+    stacked = state.reset_stack.at[state.num_reset - 1 - nth].get(**CLIP)
+    taken = evicted.block_ids.at[nth - from_reset].get(**CLIP)
+    blocks = fence(jnp.where(nth < total, jnp.where(nth < from_reset, stacked, taken), state.num_blocks))
     state = replace(
         state,
-        ref_counts=state.ref_counts.at[blocks].set(1, mode="drop"),
-        generations=state.generations.at[blocks].add(1, mode="drop"),
+        ref_counts=state.ref_counts.at[blocks].set(1, **DROP),
+        generations=state.generations.at[blocks].add(1, **DROP),
         num_reset=state.num_reset - from_reset,
     )
     return _seal(state, DrawResult(blocks, ends - counts, granted, evicted))
@@ -334,7 +421,7 @@ def register(
     canonical = flat if keep_duplicates else entered.canonical
     duplicate = canonical != flat
     none = jnp.int32(state.num_blocks)
-    state = move(state, jnp.where(duplicate, flat, none), jnp.where(duplicate, canonical, none))
+    state = give_up(state, jnp.where(duplicate, flat, none), jnp.where(duplicate, canonical, none))
     shape = block_ids.shape
     result = RegisterResult(canonical.reshape(shape), entered.registered.reshape(shape), entered.status.reshape(shape))
     return _seal(state, result)
@@ -356,59 +443,37 @@ def enter(state: PoolState, blocks: jax.Array, keys: jax.Array) -> tuple[PoolSta
     # A block named twice counts once, where it is named first.
     inactive, once = lru.last_occurrence(state.inactive, blocks[::-1], (held & ~before)[::-1])
     state, once = replace(state, inactive=inactive), once[::-1]
-    owner = block_index.lookup(state.index, keys)
     # All reads of the index come before its first write; without the barrier XLA copies it.
-    index, owner, before, once = fence((state.index, owner, before, once))
-    new = once & (owner == num_blocks)
-    index, inserted = block_index.insert(index, keys, blocks, new)
-    own_key = jnp.all(index.keys.at[blocks].get(mode="fill", fill_value=0) == keys, axis=1)
+    index, before, once = fence((state.index, before, once))
+    index, owner = block_index.insert(index, keys, blocks, once)
+    own_key = jnp.all(index.keys.at[blocks].get(**FILL, fill_value=0) == keys, axis=1)
     own_key &= block_index.is_registered(index, blocks)
-    owner = jnp.where(new, inserted, owner)
-    status = jnp.select(
-        [
-            blocks == num_blocks,
-            ~known,
-            ~held,
-            held & ~own_key & (before | ~once),
-            once & (owner == num_blocks),
-        ],
-        [
-            jnp.int32(Status.OK),
-            jnp.int32(Status.UNKNOWN_BLOCK),
-            jnp.int32(Status.NOT_HELD),
-            jnp.int32(Status.ALREADY_REGISTERED),
-            jnp.int32(Status.INDEX_FULL),
-        ],
-        jnp.int32(Status.OK),
-    )
+    status = jnp.where(once & (owner == num_blocks), Status.INDEX_FULL, Status.OK)
+    status = jnp.where(~own_key & (before | ~once), Status.ALREADY_REGISTERED, status)
+    status = jnp.where(held, status, Status.NOT_HELD)
+    status = jnp.where(known | (blocks == num_blocks), status, Status.UNKNOWN_BLOCK)
+    status = jnp.where(blocks == num_blocks, Status.OK, status).astype(jnp.int32)
     canonical = jnp.where(once & (owner < num_blocks), owner, blocks)
-    return replace(state, index=index), EnterResult(canonical, new & (owner == blocks), status)
+    return replace(state, index=index), EnterResult(canonical, once & (owner == blocks), status)
 
 
-def move(state: PoolState, dropped: jax.Array, taken: jax.Array) -> PoolState:
-    """Takes one holder from each dropped block, in their order, then adds one to each taken block, unchecked.
+def give_up(state: PoolState, duplicates: jax.Array, canonical: jax.Array) -> PoolState:
+    """Moves a hold from each duplicate that `enter` found to the canonical block, unchecked.
 
     Args:
-      state: the pool; `release_room` must be at least the number of blocks that become inactive.
-      dropped: i32[K] held blocks, named no more often than they are held, padded with N.
-      taken: i32[L] registered or held blocks, padded with N.
-
-    Returns:
-      The pool as after `release` and `acquire`: a block that is dropped by its last holder becomes inactive or reset,
-      unless it is taken too.
+      state: the pool.
+      duplicates: i32[F] distinct held blocks that are not registered, padded with N.
+      canonical: i32[F] registered blocks, padded with N.
     """
-    count = dropped.shape[0]
-    named = jnp.concatenate([dropped, taken])
-    registered = block_index.is_registered(state.index, dropped)
-    idle = state.ref_counts.at[taken].get(mode="fill", fill_value=1) == 0
-    counts, idle = fence((state.ref_counts, idle))
-    change = jnp.where(jnp.arange(named.shape[0]) < count, -1, 1)
-    counts = counts.at[named].add(change, mode="drop")
-    free = counts.at[dropped].get(mode="fill", fill_value=1) == 0
-    counts, free, registered = fence((counts, free, registered))
-
-    inactive, last = lru.move(state.inactive, dropped, free, registered, taken, idle)
-    return _push_reset(replace(state, ref_counts=counts, inactive=inactive), dropped, last & ~registered)
+    count = duplicates.shape[0]
+    idle = state.ref_counts.at[canonical].get(**FILL, fill_value=1) == 0
+    refs, idle = fence((state.ref_counts, idle))
+    change = jnp.where(jnp.arange(2 * count) < count, -1, 1)
+    refs = refs.at[jnp.concatenate([duplicates, canonical])].add(change, **DROP)
+    free = refs.at[duplicates].get(**FILL, fill_value=1) == 0
+    refs, free = fence((refs, free))
+    state = replace(state, ref_counts=refs, inactive=lru.remove(state.inactive, canonical, idle))
+    return _push_reset(state, duplicates, free)
 
 
 def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Array]:
@@ -432,15 +497,15 @@ def release(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, jax.Arra
     held = known & (_ref_counts(state, flat) > 0)
     target = jnp.where(held, flat, num_blocks)
     counts, target = fence((state.ref_counts, target))
-    counts = counts.at[target].add(-1, mode="drop")
-    after = counts.at[target].get(mode="fill", fill_value=1)
+    counts = counts.at[target].add(-1, **DROP)
+    after = counts.at[target].get(**FILL, fill_value=1)
 
     inactive, last = lru.last_occurrence(state.inactive, flat, held & (after <= 0))
     registered = block_index.is_registered(state.index, flat)
     fits = jnp.sum(last & registered, dtype=jnp.int32) <= lru.room(inactive)
     counts, after = fence((counts, after))
-    counts = counts.at[target].add(jnp.where(fits, 0, 1), mode="drop")
-    counts = counts.at[jnp.where(fits & (after < 0), target, num_blocks)].set(0, mode="drop")
+    counts = counts.at[target].add(jnp.where(fits, 0, 1), **DROP)
+    counts = counts.at[jnp.where(fits & (after < 0), target, num_blocks)].set(0, **DROP)
     state = replace(state, ref_counts=counts, inactive=lru.push(inactive, flat, fits & last & registered))
     state = _push_reset(state, flat, fits & last & ~registered)
 
@@ -499,7 +564,7 @@ def rehash(state: PoolState, seed: jax.Array) -> tuple[PoolState, jax.Array]:
 def is_shared(state: PoolState, block_ids: jax.Array) -> jax.Array:
     """Tells which of i32[...] blocks must not be written: those that several hold, or that a hash finds."""
     registered = block_index.is_registered(state.index, block_ids)
-    return registered | (state.ref_counts.at[block_ids].get(mode="fill", fill_value=0) > 1)
+    return registered | (state.ref_counts.at[block_ids].get(**FILL, fill_value=0) > 1)
 
 
 def check_generations(state: PoolState, block_ids: jax.Array, generations: jax.Array) -> jax.Array:
@@ -514,7 +579,7 @@ def check_generations(state: PoolState, block_ids: jax.Array, generations: jax.A
       i32[...] status: OK, UNKNOWN_BLOCK, STALE_GENERATION, or NOT_HELD.
     """
     known = (block_ids >= 0) & (block_ids < state.num_blocks)
-    current = state.generations.at[block_ids].get(mode="fill", fill_value=0) == generations
+    current = state.generations.at[block_ids].get(**FILL, fill_value=0) == generations
     return jnp.select(
         [~known, ~current, _ref_counts(state, block_ids) == 0],
         [
@@ -544,7 +609,7 @@ def _evict(state: PoolState, count: jax.Array, *, max_count: int, scores: Scores
         words = _words(scores(state), state.num_blocks)
         inactive, blocks = lru.pop_lowest(state.inactive, is_inactive(state), words, count, max_count=max_count)
     blocks = fence(blocks)
-    keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
+    keys = state.index.keys.at[blocks].get(**FILL, fill_value=0)
     evicted = Evicted(blocks, keys[:, :4], keys[:, 4], count)
     return replace(state, inactive=inactive, index=block_index.delete(state.index, blocks)), evicted
 
@@ -556,24 +621,24 @@ def _hold(state: PoolState, blocks: jax.Array, mask: jax.Array) -> PoolState:
     counts, idle = fence((state.ref_counts, idle))
     return replace(
         state,
-        ref_counts=counts.at[target].add(1, mode="drop"),
+        ref_counts=counts.at[target].add(1, **DROP),
         inactive=lru.remove(state.inactive, blocks, idle),
     )
 
 
-def _push_reset(state: PoolState, blocks: jax.Array, mask: jax.Array) -> PoolState:
-    """Puts distinct masked blocks of i32[F] on the stack in their order."""
-    rank = jnp.cumsum(mask, dtype=jnp.int32)
+def _push_reset(state: PoolState, blocks: jax.Array, mask: jax.Array, rank: jax.Array | None = None) -> PoolState:
+    """Puts distinct masked blocks of i32[F] on the stack in their order; `rank` counts them up to and with each."""
+    rank = jnp.cumsum(mask, dtype=jnp.int32) if rank is None else rank
     target = jnp.where(mask, state.num_reset + rank - 1, state.num_blocks)
     return replace(
         state,
-        reset_stack=state.reset_stack.at[target].set(blocks, mode="drop"),
-        num_reset=state.num_reset + rank[-1],
+        reset_stack=state.reset_stack.at[target].set(blocks, **DROP),
+        num_reset=state.num_reset + jnp.sum(mask, dtype=jnp.int32),
     )
 
 
 def _ref_counts(state: PoolState, blocks: jax.Array) -> jax.Array:
-    return state.ref_counts.at[blocks].get(mode="fill", fill_value=0)
+    return state.ref_counts.at[blocks].get(**FILL, fill_value=0)
 
 
 def _row_status(shape: tuple[int, ...], *faults: tuple[jax.Array, Status]) -> jax.Array:

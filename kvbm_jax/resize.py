@@ -139,7 +139,7 @@ def assemble(parts: PoolParts, seed: jax.Array) -> tuple[pool.PoolState, jax.Arr
     empty = block_index.init(num_blocks)
     # Any way at all marks a key for `rebuild`, which gives it its own.
     index, left = block_index.rebuild(
-        replace(empty, keys=parts.keys, ways=jnp.where(parts.registered, 0, empty.table.size)), seed
+        replace(empty, keys=parts.keys, ways=jnp.where(parts.registered, 0, empty.ways)), seed
     )
     queue = lru.push(lru.init(num_blocks), parts.inactive, parts.inactive < num_blocks)
     state = pool.PoolState(

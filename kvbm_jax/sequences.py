@@ -34,6 +34,7 @@ from kvbm_jax import pool
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.groups import Group, first_places, has_windows, longest_hit
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -50,6 +51,7 @@ __all__ = [
     "extend",
     "find_prefixes",
     "fork",
+    "fresh_blocks",
     "init",
     "last_first",
     "passed",
@@ -179,9 +181,8 @@ def start(
       scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
-      Pool, batch and result. A row that does not fit stays empty and holds nothing (OUT_OF_BLOCKS, as are all later
-      ones; TABLE_FULL if the table is too narrow). Where the cached prefixes, which may have to be given back, have no
-      room in the inactive queue, no row is begun (QUEUE_FULL; compact the pool and call again).
+      Pool, batch and result. A row that does not fit stays empty, holds nothing and leaves no trace (OUT_OF_BLOCKS, as
+      are all later ones; TABLE_FULL if the table is too narrow).
     """
     groups, batch, width = sequences.block_tables.shape
     count, asked = hashes.shape[:2]
@@ -190,29 +191,36 @@ def start(
     needed = blocks_for(num_tokens, sequences.block_size)
     wide = needed <= width
     prefix, cached = find_prefixes(state, sequences, hashes, jnp.where(wide, num_hashes, 0))
-    # A row that does not fit gives back what it held; unless all of that has room in the queue, nothing is begun.
-    room = groups * jnp.sum(cached) <= pool.release_room(state)
-    begun = wide & room
-    cached = jnp.where(begun, cached, 0)
-    prefix = jnp.where(begun[:, None, None], prefix, state.num_blocks)  # [R, G, M]
-    state, _ = pool.acquire(state, prefix.reshape(count, -1))
-
-    fresh = jnp.where(begun, needed - cached, 0)
-    state, grant = pool.allocate(state, groups * fresh, max_blocks=groups * width, scores=scores)
-    granted = begun & (grant.status == Status.OK)
-    refused = jnp.where(granted[:, None, None], state.num_blocks, prefix)
-    state, _ = pool.release(state, last_first(refused))
-
-    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
-    nth = group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
-    picked = jnp.take_along_axis(grant.block_ids, nth.reshape(count, -1), axis=1, mode="clip")
-    picked = picked.reshape(count, groups, width)
+    fresh = jnp.where(wide, needed - cached, 0)
+    state, begun = pool.exchange(state, jnp.zeros((0,), jnp.int32), prefix.reshape(count, -1))
+    state, drawn = pool.admit(state, begun, groups * fresh, max_count=count * groups * width, scores=scores)
+    granted = wide & drawn.granted
+    picked = fresh_blocks(sequences, drawn, cached, fresh)
     sequences = begin_rows(sequences, jnp.where(granted, rows, batch), prefix, cached, picked, num_tokens)
-    status = jnp.where(room, grant.status, Status.QUEUE_FULL)
+    status = jnp.where(drawn.granted, Status.OK, Status.OUT_OF_BLOCKS)
     status = jnp.where(wide, status, Status.TABLE_FULL).astype(jnp.int32)
     cached_tokens = jnp.where(granted, cached * sequences.block_size, 0)
-    return state, sequences, StartResult(cached_tokens, status, grant.evicted)
+    return state, sequences, StartResult(cached_tokens, status, drawn.evicted)
+
+
+def fresh_blocks(sequences: SequenceBatch, drawn: pool.DrawResult, cached: jax.Array, fresh: jax.Array) -> jax.Array:
+    """Lays out the blocks drawn by the first R rows for `begin_rows`.
+
+    Args:
+      sequences: the batch.
+      drawn: what they got.
+      cached: i32[R], places of the prefix that come first.
+      fresh: i32[R], blocks drawn for each group.
+
+    Returns:
+      i32[R, G, W], a block for each place from `cached` on.
+    """
+    groups, _, width = sequences.block_tables.shape
+    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
+    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
+    begin = drawn.first[: len(cached)] - cached
+    nth = begin[:, None, None] + group * fresh[:, None, None] + column
+    return drawn.block_ids.at[nth].get(**CLIP)
 
 
 def find_prefixes(
@@ -284,11 +292,11 @@ def set_rows(
     """
     return replace(
         sequences,
-        block_tables=sequences.block_tables.at[:, rows].set(tables, mode="drop"),
-        lengths=sequences.lengths.at[rows].set(lengths, mode="drop"),
-        num_blocks=sequences.num_blocks.at[rows].set(counts, mode="drop"),
+        block_tables=sequences.block_tables.at[:, rows].set(tables, **DROP),
+        lengths=sequences.lengths.at[rows].set(lengths, **DROP),
+        num_blocks=sequences.num_blocks.at[rows].set(counts, **DROP),
         # Without windows it is 0 everywhere.
-        first=sequences.first.at[:, rows].set(first, mode="drop") if has_windows(sequences.groups) else sequences.first,
+        first=sequences.first.at[:, rows].set(first, **DROP) if has_windows(sequences.groups) else sequences.first,
     )
 
 
@@ -358,7 +366,7 @@ def append(sequences: SequenceBatch, blocks: jax.Array, counts: jax.Array) -> Se
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
     return replace(
         sequences,
-        block_tables=sequences.block_tables.at[group, row, place[None]].set(blocks.transpose(1, 0, 2), mode="drop"),
+        block_tables=sequences.block_tables.at[group, row, place[None]].set(blocks.transpose(1, 0, 2), **DROP),
         num_blocks=sequences.num_blocks + counts,
     )
 
@@ -390,10 +398,10 @@ def register(
     results = []
     tables = sequences.block_tables
     for group in range(groups):
-        ids = tables.at[group, rows[:, None], place].get(mode="fill", fill_value=sequences.pool_blocks)
+        ids = tables.at[group, rows[:, None], place].get(**FILL, fill_value=sequences.pool_blocks)
         state, result = pool.register(state, ids, hashes, group=group)
         tables, block_ids = fence((tables, result.block_ids))
-        tables = tables.at[group, rows[:, None], place].set(block_ids, mode="drop")
+        tables = tables.at[group, rows[:, None], place].set(block_ids, **DROP)
         results.append(result)
     stacked = RegisterResult(*(jnp.stack(parts) for parts in zip(*results, strict=True)))
     return state, replace(sequences, block_tables=tables), stacked
@@ -414,7 +422,7 @@ def release(
       again).
     """
     batch = sequences.block_tables.shape[1]
-    tables = sequences.block_tables.at[:, rows].get(mode="fill", fill_value=sequences.pool_blocks)
+    tables = sequences.block_tables.at[:, rows].get(**FILL, fill_value=sequences.pool_blocks)
     state, status = pool.release(state, last_first(tables.transpose(1, 0, 2)))
     done = jnp.where(status == Status.QUEUE_FULL, batch, rows)
     old, done = fence((sequences.block_tables, done))
@@ -439,15 +447,15 @@ def fork(
       Pool, batch, and i32[R] status.
     """
     groups, batch, width = sequences.block_tables.shape
-    lengths = sequences.lengths.at[sources].get(mode="fill", fill_value=0)
+    lengths = sequences.lengths.at[sources].get(**FILL, fill_value=0)
     lengths = jnp.where(rows < batch, lengths, 0)
     # Blocks beyond the length are the source's own, kept by `rewind` for tokens to come.
     count = blocks_for(lengths, sequences.block_size)
     column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    tables = sequences.block_tables.at[:, sources].get(mode="fill", fill_value=sequences.pool_blocks)
+    tables = sequences.block_tables.at[:, sources].get(**FILL, fill_value=sequences.pool_blocks)
     tables = jnp.where(column < count[None, :, None], tables, sequences.pool_blocks)
     state, status = pool.acquire(state, tables.transpose(1, 0, 2).reshape(-1, groups * width))
-    first = sequences.first.at[:, sources].get(mode="fill", fill_value=0)
+    first = sequences.first.at[:, sources].get(**FILL, fill_value=0)
     old, tables = fence((sequences.block_tables, tables))
     forked = set_rows(
         replace(sequences, block_tables=old), rows, tables=tables, lengths=lengths, counts=count, first=first
@@ -487,7 +495,7 @@ def unshare(
     row = jnp.arange(batch, dtype=jnp.int32)[None, :]
     group = jnp.arange(groups, dtype=jnp.int32)[:, None]
     old, targets = fence((sequences.block_tables, targets))
-    tables = old.at[group, row, place[None, :]].set(targets.T, mode="drop")
+    tables = old.at[group, row, place[None, :]].set(targets.T, **DROP)
     status = jnp.where(room, grant.status, Status.QUEUE_FULL).astype(jnp.int32)
     return state, replace(sequences, block_tables=tables), UnshareResult(sources, targets, status, grant.evicted)
 
@@ -519,14 +527,14 @@ def trim(
     nth = jnp.arange(max_blocks, dtype=jnp.int32)[None, :]
     place = jnp.where(valid[:, None] & (nth < surplus[:, None]), kept[:, None] + nth, width)
     row = jnp.arange(batch, dtype=jnp.int32)[:, None]
-    blocks = sequences.block_tables.at[:, row, place].get(mode="fill", fill_value=sequences.pool_blocks)
+    blocks = sequences.block_tables.at[:, row, place].get(**FILL, fill_value=sequences.pool_blocks)
     state, released = pool.release(state, last_first(blocks.transpose(1, 0, 2)))
     done = valid & (released != Status.QUEUE_FULL)
     place = jnp.where(done[:, None], place, width)
     old, place = fence((sequences.block_tables, place))
     trimmed = replace(
         sequences,
-        block_tables=old.at[:, row, place].set(sequences.pool_blocks, mode="drop"),
+        block_tables=old.at[:, row, place].set(sequences.pool_blocks, **DROP),
         lengths=jnp.where(done, lengths, sequences.lengths),
         num_blocks=jnp.where(done, kept, sequences.num_blocks),
         first=jnp.where(done[None, :], first, sequences.first),
@@ -608,9 +616,9 @@ def drop_passed(sequences: SequenceBatch, counts: jax.Array, *, max_blocks: int)
     place = jnp.where(nth < counts[:, :, None], sequences.first[:, :, None] + nth, width)
     row = jnp.arange(batch, dtype=jnp.int32)[None, :, None]
     group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
-    blocks = sequences.block_tables.at[group, row, place].get(mode="fill", fill_value=sequences.pool_blocks)
+    blocks = sequences.block_tables.at[group, row, place].get(**FILL, fill_value=sequences.pool_blocks)
     old, blocks = fence((sequences.block_tables, blocks))
-    tables = old.at[group, row, place].set(sequences.pool_blocks, mode="drop")
+    tables = old.at[group, row, place].set(sequences.pool_blocks, **DROP)
     left = replace(sequences, block_tables=tables, first=sequences.first + counts)
     return left, last_first(blocks.transpose(1, 0, 2))
 
@@ -634,7 +642,7 @@ def slots(sequences: SequenceBatch, rows: jax.Array, positions: jax.Array) -> ja
       i32[G, S]: block * T + offset; N * T for padding and for positions without a block.
     """
     size = sequences.block_size
-    blocks = sequences.block_tables.at[:, rows, positions // size].get(mode="fill", fill_value=sequences.pool_blocks)
+    blocks = sequences.block_tables.at[:, rows, positions // size].get(**FILL, fill_value=sequences.pool_blocks)
     padding = sequences.pool_blocks * size
     return jnp.where(blocks < sequences.pool_blocks, blocks * size + (positions % size)[None, :], padding)
 
@@ -650,8 +658,8 @@ def tails(state: pool.PoolState, sequences: SequenceBatch, rows: jax.Array) -> t
     Returns:
       i32[R, G] blocks, padded with N, and bool[R, G]: others hold or can find them, so that they must not be written.
     """
-    place = sequences.lengths.at[rows].get(mode="fill", fill_value=0) // sequences.block_size
-    blocks = sequences.block_tables.at[:, rows, place].get(mode="fill", fill_value=sequences.pool_blocks).T
+    place = sequences.lengths.at[rows].get(**FILL, fill_value=0) // sequences.block_size
+    blocks = sequences.block_tables.at[:, rows, place].get(**FILL, fill_value=sequences.pool_blocks).T
     return blocks, pool.is_shared(state, blocks)
 
 

@@ -25,6 +25,7 @@ from kvbm_jax import pool, sequences
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.groups import has_windows
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 from kvbm_jax.types import Status
 
 __all__ = ["StepPlan", "StepResult", "step"]
@@ -54,7 +55,7 @@ class StepResult(NamedTuple):
     grow_status: jax.Array  # i32[X]: the same, SHARED_TAIL and INVALID_COUNT
     registered: jax.Array  # bool[G, P]: newly findable
     register_status: jax.Array  # i32[G, P]
-    evicted: pool.Evicted  # F = G * (R * W + X * max_blocks)
+    evicted: pool.Evicted
 
 
 def step(
@@ -63,6 +64,7 @@ def step(
     plan: StepPlan,
     *,
     max_blocks: int = 1,
+    max_fresh: int | None = None,
     scores: pool.Scores | None = None,
 ) -> tuple[pool.PoolState, sequences.SequenceBatch, StepResult]:
     """Carries out a plan.
@@ -78,6 +80,8 @@ def step(
       running: the batch.
       plan: what to do.
       max_blocks: static bound of the new blocks of a growing row in one group, and of those that its window gives back.
+      max_fresh: static bound of all the blocks that a step grants, F; rows that go beyond it are OUT_OF_BLOCKS. A
+        server that computes at most so many tokens a step needs no more. None: as many as the rows could ever want.
       scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
@@ -98,14 +102,13 @@ def step(
     real = plan.starting < batch
     wanted = jnp.where(wide & real, plan.num_hashes, 0)
     prefix, cached = sequences.find_prefixes(state, running, plan.hashes, wanted)
-    ended = running.num_blocks.at[plan.ending].get(mode="fill", fill_value=0)
+    ended = running.num_blocks.at[plan.ending].get(**FILL, fill_value=0)
     leaving = groups * jnp.sum(ended)
     passed = None
     if plan.num_computed is not None and has_windows(running.groups):
         passed = sequences.passed(running, plan.num_computed, max_blocks=max_blocks)
         leaving += jnp.sum(passed, dtype=jnp.int32)
-    most = jnp.minimum(leaving, pool.stats(state).held) + jnp.minimum(groups * jnp.sum(cached), state.num_blocks)
-    room = most <= pool.release_room(state)
+    room = jnp.minimum(leaving, pool.stats(state).held) <= pool.release_room(state)
 
     begun = wide & real & room
     cached = jnp.where(begun, cached, 0)
@@ -115,25 +118,26 @@ def step(
         running, behind = sequences.drop_passed(running, jnp.where(room, passed, 0), max_blocks=max_blocks)
         dropped.append(behind[:, ::-1].reshape(-1))
     running, ended = _end(running, jnp.where(room, plan.ending, batch))
-    state = pool.move(state, jnp.concatenate([*dropped, ended]), prefix.reshape(-1))
-
+    split = len(cached)
+    state, exchanged = pool.exchange(state, jnp.concatenate([*dropped, ended]), prefix.reshape(split, -1))
     fresh = jnp.where(begun, needed - cached, 0)
-    growth = _growth(state, running, plan, max_blocks)
+    state, growth = fence((state, _growth(state, running, plan, max_blocks)))
     more = jnp.where(room & (plan.growing < batch) & (growth.status == Status.OK), growth.fresh, 0)
-    state, drawn = pool.draw(
+    state, drawn = pool.admit(
         state,
+        exchanged,
         groups * jnp.concatenate([fresh, more]),
-        max_count=groups * (len(fresh) * width + len(more) * max_blocks),
+        max_count=groups * (split * width + len(more) * max_blocks) if max_fresh is None else max_fresh,
         scores=scores,
     )
-    split = len(fresh)
     granted = begun & drawn.granted[:split]
-    refused = sequences.last_first(jnp.where(granted[:, None, None], state.num_blocks, prefix))
-
-    running = _begin(running, plan, granted, prefix, cached, drawn.first[:split], drawn.block_ids)
+    blocks = sequences.fresh_blocks(running, drawn, cached, fresh)
+    running = sequences.begin_rows(
+        running, jnp.where(granted, plan.starting, batch), prefix, cached, blocks, plan.num_tokens
+    )
     grown = room & drawn.granted[split:] & (growth.status == Status.OK)
     running = _grow(running, plan, grown, growth, drawn.first[split:], drawn.block_ids, max_blocks)
-    state, running, registered, status = _register(state, running, plan, room, refused[:, ::-1].reshape(-1))
+    state, running, registered, status = _register(state, running, plan, room)
 
     def told(status: jax.Array) -> jax.Array:
         return jnp.where(room, status, Status.QUEUE_FULL).astype(jnp.int32)
@@ -161,7 +165,7 @@ class _Growth(NamedTuple):
 
 def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.SequenceBatch, jax.Array]:
     """Empties rows: the batch, and the blocks that they held in the order of their release, i32[E * W * G]."""
-    tables = running.block_tables.at[:, rows].get(mode="fill", fill_value=running.pool_blocks)
+    tables = running.block_tables.at[:, rows].get(**FILL, fill_value=running.pool_blocks)
     blocks = sequences.last_first(tables.transpose(1, 0, 2))[:, ::-1].reshape(-1)
     old, blocks = fence((running.block_tables, blocks))
     return sequences.empty_rows(replace(running, block_tables=old), rows), blocks
@@ -169,8 +173,8 @@ def _end(running: sequences.SequenceBatch, rows: jax.Array) -> tuple[sequences.S
 
 def _growth(state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, max_blocks: int) -> _Growth:
     width = running.block_tables.shape[2]
-    places = running.num_blocks.at[plan.growing].get(mode="fill", fill_value=0)
-    lengths = running.lengths.at[plan.growing].get(mode="fill", fill_value=0) + plan.new_tokens
+    places = running.num_blocks.at[plan.growing].get(**FILL, fill_value=0)
+    lengths = running.lengths.at[plan.growing].get(**FILL, fill_value=0) + plan.new_tokens
     needed = sequences.blocks_for(lengths, running.block_size)
     fresh = jnp.maximum(needed - places, 0)
     _, shared = sequences.tails(state, running, jnp.where(plan.new_tokens != 0, plan.growing, len(running.lengths)))
@@ -179,25 +183,6 @@ def _growth(state: pool.PoolState, running: sequences.SequenceBatch, plan: StepP
     status = jnp.where(jnp.any(shared, axis=1), Status.SHARED_TAIL, status)
     status = jnp.where(needed <= width, status, Status.TABLE_FULL)
     return _Growth(lengths, places, fresh, status)
-
-
-def _begin(
-    running: sequences.SequenceBatch,
-    plan: StepPlan,
-    granted: jax.Array,
-    prefix: jax.Array,
-    cached: jax.Array,
-    first: jax.Array,
-    blocks: jax.Array,
-) -> sequences.SequenceBatch:
-    """Writes the rows that begin: `cached` blocks of `prefix`, then those granted from `first` on."""
-    groups, batch, width = running.block_tables.shape
-    fresh = sequences.blocks_for(plan.num_tokens, running.block_size) - cached
-    group = jnp.arange(groups, dtype=jnp.int32)[None, :, None]
-    column = jnp.arange(width, dtype=jnp.int32)[None, None, :]
-    nth = first[:, None, None] + group * fresh[:, None, None] + column - cached[:, None, None]  # [R, G, W]
-    target = jnp.where(granted, plan.starting, batch)
-    return sequences.begin_rows(running, target, prefix, cached, blocks.at[nth].get(mode="clip"), plan.num_tokens)
 
 
 def _grow(
@@ -220,10 +205,10 @@ def _grow(
     return replace(
         running,
         block_tables=running.block_tables.at[group, target[None, :, None], place].set(
-            blocks.at[nth].get(mode="clip"), mode="drop"
+            blocks.at[nth].get(**CLIP), **DROP
         ),
-        lengths=running.lengths.at[target].set(growth.lengths, mode="drop"),
-        num_blocks=running.num_blocks.at[target].set(growth.places + growth.fresh, mode="drop"),
+        lengths=running.lengths.at[target].set(growth.lengths, **DROP),
+        num_blocks=running.num_blocks.at[target].set(growth.places + growth.fresh, **DROP),
     )
 
 
@@ -232,23 +217,22 @@ def _register(
     running: sequences.SequenceBatch,
     plan: StepPlan,
     room: jax.Array,
-    refused: jax.Array,
 ) -> tuple[pool.PoolState, sequences.SequenceBatch, jax.Array, jax.Array]:
-    """Registers completed blocks in every group; gives back the `refused` ones before.
+    """Registers completed blocks in every group.
 
     Returns:
       Pool, batch, bool[G, P] newly findable and i32[G, P] status.
     """
     groups, batch, _ = running.block_tables.shape
     rows, places = jnp.where(room, plan.complete_rows, batch), plan.complete_places
-    blocks = running.block_tables.at[:, rows, places].get(mode="fill", fill_value=running.pool_blocks)
+    blocks = running.block_tables.at[:, rows, places].get(**FILL, fill_value=running.pool_blocks)
     keys = jnp.concatenate([pool.keys_of(plan.complete_hashes, group) for group in range(groups)])
     state, entered = pool.enter(state, blocks.reshape(-1), keys)
     old, canonical = fence((running.block_tables, entered.canonical.reshape(blocks.shape)))
     duplicate = canonical != blocks
     dropped = jnp.where(duplicate, blocks, running.pool_blocks).reshape(-1)
     taken = jnp.where(duplicate, canonical, running.pool_blocks).reshape(-1)
-    state = pool.move(state, jnp.concatenate([refused, dropped]), taken)
-    tables = old.at[:, rows, places].set(canonical, mode="drop")
+    state = pool.give_up(state, dropped, taken)
+    tables = old.at[:, rows, places].set(canonical, **DROP)
     registered, status = (told.reshape(blocks.shape) for told in (entered.registered, entered.status))
     return state, replace(running, block_tables=tables), registered, status

@@ -32,6 +32,8 @@ FLOORS = {
         "resize",
         "policies",
         "quotas",
+        "bits",
+        "padding",
         "selection",
         "sketch",
         "invariants",

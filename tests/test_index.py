@@ -19,10 +19,14 @@ WAYS = 8
 N, M = 40, 8  # 16 sets
 
 
+def lookup(index, keys):
+    return block_index.lookup(index, keys[..., :4], keys[..., 4])
+
+
 @cache
 def verbs():
     return {
-        "lookup": jax.jit(block_index.lookup),
+        "lookup": jax.jit(lookup),
         "insert": jax.jit(block_index.insert),
         "delete": jax.jit(block_index.delete),
         "rebuild": jax.jit(block_index.rebuild),
@@ -51,7 +55,7 @@ def insert_all(index, keys, blocks, do=None, width=256):
 def check_sets(index, expected):
     """No two live entries of a set share a fingerprint, and there are as many as `expected`."""
     num_blocks = index.ways.shape[0]
-    ids, prints = np.asarray(index.table)[:, :WAYS], np.asarray(index.table)[:, WAYS:]
+    ids, prints = np.asarray(index.table)[:, :, 0], np.asarray(index.table)[:, :, 1]
     for row, marks in zip(ids, prints, strict=True):
         live = marks[row < num_blocks]
         assert len(set(live.tolist())) == len(live)
@@ -128,7 +132,7 @@ def test_no_refusal_in_many_fillings_at_half_load():
     def refused(index, seeds):
         def fill(seed):
             rebuilt, left = block_index.rebuild(index, seed)
-            return left, jnp.max(jnp.sum(rebuilt.table[:, :WAYS] < num_blocks, axis=1))
+            return left, jnp.max(jnp.sum(rebuilt.table[:, :, 0] < num_blocks, axis=1))
 
         return jax.lax.map(fill, seeds)
 
@@ -172,7 +176,7 @@ def colliding_keys(count, seed=0):
     """Keys of group 0 whose two sets are both among the first two of 16, found by brute force."""
     keys = random_keys(200 * count, 11)
     keys[:, 4] = 0
-    first, second, _ = block_index._mix(jnp.asarray(keys), jnp.uint32(seed), 16)
+    first, second, _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(seed), 16)
     return keys[(np.asarray(first) < 2) & (np.asarray(second) < 2)][:count]
 
 
@@ -190,8 +194,8 @@ def test_two_full_sets_refuse_the_next_key_and_stay_exact(width):
     # A refused key gets in once a way of its sets is free.
     victim = int(np.flatnonzero(placed)[0])
     index = verbs()["delete"](index, jnp.array([victim], jnp.int32))
-    first, second, _ = block_index._mix(jnp.asarray(keys), jnp.uint32(0), 16)
-    freed = int(np.flatnonzero((np.asarray(index.table)[:2, :WAYS] == N).any(axis=1))[0])
+    first, second, _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(0), 16)
+    freed = int(np.flatnonzero((np.asarray(index.table)[:2, :, 0] == N).any(axis=1))[0])
     late = np.flatnonzero(~placed & ((np.asarray(first) == freed) | (np.asarray(second) == freed)))[:1]
     index, owners = insert_all(index, keys[late], late)
     assert owners.tolist() == late.tolist()
@@ -239,13 +243,13 @@ def test_equal_fingerprints_never_share_a_set(monkeypatch, kinds):
     """With as few fingerprints as `kinds`, a set holds at most so many keys; what is held is found, nothing else."""
     strong = block_index._mix
 
-    def weak(keys, seed, num_sets):
-        first, second, fingerprint = strong(keys, seed, num_sets)
+    def weak(words, seed, num_sets):
+        first, second, fingerprint = strong(words, seed, num_sets)
         return first, second, jnp.abs(fingerprint) % kinds
 
     monkeypatch.setattr(block_index, "_mix", weak)
     # Partials, for a jit of the functions themselves may remember a trace with the strong mix.
-    do = {"insert": jax.jit(partial(block_index.insert)), "lookup": jax.jit(partial(block_index.lookup))}
+    do = {"insert": jax.jit(partial(block_index.insert)), "lookup": jax.jit(partial(lookup))}
     keys = random_keys(40, 2)
     for width in (1, 20):
         index, owners = insert_all(block_index.init(N), keys, np.arange(40), do=do, width=width)

@@ -15,7 +15,6 @@ from kvbm_jax import lru
 
 pytestmark = pytest.mark.core
 
-GROUP = 1024
 WRAP = 2**32
 
 
@@ -38,6 +37,7 @@ class Driver:
         # Head and tail are arrays of their own: they are donated together.
         self.queue = replace(lru.init(num_blocks), head=jnp.uint32(start % WRAP), tail=jnp.uint32(start % WRAP) + 0)
         self.capacity = self.queue.ring.shape[0]
+        self.under_root = self.capacity // self.queue.tree[0].size
         self.model = OrderedDict()
         self.do = verbs(width)
 
@@ -75,18 +75,18 @@ class Driver:
         head, tail = int(queue.head), int(queue.tail)
         span = (tail - head) % WRAP
         entries = (head + np.arange(span)) % self.capacity
-        bits = (queue.live[..., None] >> np.arange(32, dtype=np.uint32)) & 1
-        live = bits.reshape(-1)[entries] == 1
+        bits = np.asarray(lru.live(self.queue))
+        live = bits[entries]
         assert queue.ring[entries][live].tolist() == list(self.model)
         assert bits.sum() == live.sum() == queue.size == len(self.model)
-        np.testing.assert_array_equal(queue.counts, bits.sum(axis=(1, 2)))
+        jax.tree.map(np.testing.assert_array_equal, queue.tree, lru.tree_of(jnp.asarray(bits)))
         positions = ((head + np.arange(span)) % WRAP)[live]
         np.testing.assert_array_equal(queue.positions[list(self.model)], positions)
         # The head's group is never entered from behind.
-        assert self.room == self.capacity - (tail - head // GROUP * GROUP) % WRAP >= 0
+        assert self.room == self.capacity - (tail - head // self.under_root * self.under_root) % WRAP >= 0
 
 
-@pytest.mark.parametrize("start", [0, WRAP - 3, WRAP - GROUP, WRAP - 1500])
+@pytest.mark.parametrize("start", [0, WRAP - 3, WRAP - 256, WRAP - 1500])
 def test_random_moves_match_an_ordered_dict(start):
     rng = np.random.default_rng(start)
     driver = Driver(num_blocks=40, width=8, start=start)
@@ -112,11 +112,10 @@ def test_random_moves_match_an_ordered_dict(start):
 @pytest.mark.parametrize("start", [0, WRAP - 1000])
 def test_the_ring_goes_round_many_times_without_compaction_while_the_head_moves(start):
     driver = Driver(num_blocks=5, width=8, start=start)
-    assert driver.capacity == 2 * GROUP
     for turn in range(5 * driver.capacity // driver.n):
         driver.push(np.roll(np.arange(driver.n), turn))
         driver.pop(driver.n)
-        assert driver.room > driver.capacity - GROUP - driver.n
+        assert driver.room > driver.capacity - driver.under_root - driver.n
     driver.push([2, 4])
     driver.check()
 
@@ -134,7 +133,7 @@ def test_room_is_exact_while_one_block_holds_the_head(start):
         assert driver.room == before - 2
     driver.push([0] * driver.room)  # to the last entry
     assert driver.room == 0
-    assert pushes >= driver.capacity - GROUP - 2
+    assert pushes >= driver.capacity - driver.under_root - 2
     driver.check()
     driver.compact()
     assert driver.room >= driver.n
@@ -142,15 +141,15 @@ def test_room_is_exact_while_one_block_holds_the_head(start):
     driver.pop(len(driver.model))
 
 
-def test_popping_gives_room_by_whole_groups():
+def test_popping_gives_room_root_by_root():
     driver = Driver(num_blocks=40, width=8)
     driver.push(np.arange(40))
     driver.pop(8)
     assert driver.room == driver.capacity - 40
-    while int(driver.queue.head) < GROUP:
+    while int(driver.queue.head) < driver.under_root:
         driver.pop(8)
         driver.push(list(set(range(40)) - set(driver.model)))
-    assert driver.room == driver.capacity - (int(driver.queue.tail) - GROUP)
+    assert driver.room == driver.capacity - (int(driver.queue.tail) - driver.under_root)
 
 
 @pytest.mark.parametrize("num_blocks", [1, 512, 513, 1536])  # 512 and 1536 fill a power of two exactly
@@ -175,14 +174,14 @@ def test_compaction_leaves_room_for_every_block_again(num_blocks):
 
 @pytest.mark.parametrize("start", [100, WRAP - 1500])
 @pytest.mark.parametrize("keep", [0.01, 0.3])
-def test_pop_finds_its_blocks_over_holes_in_several_groups(start, keep):
-    driver = Driver(num_blocks=3000, width=512, start=start)
+def test_pop_finds_its_blocks_over_holes_under_several_roots(start, keep):
+    driver = Driver(num_blocks=6000, width=512, start=start)
     rng = np.random.default_rng(3)
-    driver.push(rng.permutation(3000))
+    driver.push(rng.permutation(6000))
     driver.remove([b for b in driver.model if rng.random() > keep])
     driver.check()
-    groups = {int(driver.queue.positions[b]) // GROUP for b in driver.model}
-    assert len(groups) >= 3
+    roots = {int(driver.queue.positions[b]) // driver.under_root for b in driver.model}
+    assert len(roots) >= 3
     while driver.model:
         driver.pop(min(int(rng.integers(1, 512)), len(driver.model)))
         driver.check()
@@ -190,7 +189,7 @@ def test_pop_finds_its_blocks_over_holes_in_several_groups(start, keep):
 
 
 def test_compaction_keeps_the_order_and_closes_the_holes():
-    driver = Driver(num_blocks=3000, width=512, start=GROUP - 1)
+    driver = Driver(num_blocks=3000, width=512, start=511)
     rng = np.random.default_rng(4)
     driver.push(rng.permutation(3000))
     driver.remove(list(driver.model)[100:2900:2])
@@ -198,7 +197,7 @@ def test_compaction_keeps_the_order_and_closes_the_holes():
     driver.compact()
     driver.check()
     assert list(driver.model) == order
-    assert int(driver.queue.head) % GROUP == 0
+    assert int(driver.queue.head) % driver.under_root == 0
     assert int(driver.queue.tail) - int(driver.queue.head) == len(order)
     driver.pop(512)
 
@@ -213,5 +212,4 @@ def test_last_occurrence(entries):
         on and not any(on and b == block for b, on in entries[i + 1 :]) for i, (block, on) in enumerate(entries)
     ]
     assert last.tolist() == expected
-    for name in ("ring", "live", "counts", "head", "tail", "size"):
-        np.testing.assert_array_equal(getattr(scratched, name), getattr(queue, name))
+    jax.tree.map(np.testing.assert_array_equal, replace(scratched, positions=queue.positions), queue)

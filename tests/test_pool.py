@@ -10,7 +10,7 @@ import pytest
 from grids import hash_grid, id_grid, key
 from hypothesis import given, settings
 
-from kvbm_jax import invariants, pool
+from kvbm_jax import invariants, lru, pool
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.types import Status
 
@@ -53,8 +53,7 @@ def queue_order(state):
     queue = jax.tree.map(np.asarray, state.inactive)
     position = int(queue.head) + np.arange((int(queue.tail) - int(queue.head)) % 2**32)
     entry = position % len(queue.ring)
-    live = queue.live[entry // 1024, entry % 1024 // 32] >> (entry % 32).astype(np.uint32) & 1
-    return queue.ring[entry[live == 1]].tolist()
+    return queue.ring[entry[np.asarray(lru.live(state.inactive))[entry]]].tolist()
 
 
 def stack(state):
@@ -362,7 +361,7 @@ def test_without_room_in_the_queue_nothing_is_released_until_it_is_compacted():
         def turn(_, state):
             return pool.release(pool.acquire(state, rows)[0], rows)[0]
 
-        return jax.lax.fori_loop(0, (2048 - 8 - 4) // 4, turn, state)
+        return jax.lax.fori_loop(0, (lru.init(N).ring.size - 8 - 4) // 4, turn, state)
 
     p._keep(hit_again_and_again(p.state, ids(rest[:4])))
     assert int(pool.release_room(p.state)) == 4

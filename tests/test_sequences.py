@@ -1,6 +1,8 @@
 """Sequences and grants against a plain model on top of the pool's oracle, for one group and for several."""
 
+import copy
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -107,9 +109,17 @@ class Model:
             self.hit(chained, count if need <= W else 0)
             for chained, count, need in zip(numbers, num_hashes, needed, strict=True)
         ]
-        self.pool.acquire([[b for blocks in prefix for b in blocks if b is not None] for prefix in prefixes])
+        held = [[b for blocks in prefix for b in blocks if b is not None] for prefix in prefixes]
         fresh = [need - len(prefix[0]) if need <= W else 0 for need, prefix in zip(needed, prefixes, strict=True)]
-        granted, status, _ = self.pool.allocate([self.groups * count for count in fresh])
+        counts = [self.groups * count for count in fresh]
+        # All prefixes are spared while it is decided who fits; then those who do not hold nothing.
+        trial = copy.deepcopy(self.pool)
+        trial.acquire(held)
+        free = len(trial.reset) + len(trial.inactive)
+        fits = [total <= free for total in itertools.accumulate(counts)]
+        status = [OK if fit else Status.OUT_OF_BLOCKS for fit in fits]
+        self.pool.acquire([blocks if fit else [] for blocks, fit in zip(held, fits, strict=True)])
+        granted, _, _ = self.pool.allocate([count if fit else 0 for count, fit in zip(counts, fits, strict=True)])
         cached = [0] * len(rows)
         for i, row in enumerate(rows):
             if needed[i] > W:
@@ -119,8 +129,6 @@ class Model:
                 for g in range(self.groups):
                     self.tables[g][row] = prefixes[i][g] + granted[i][g * fresh[i] : (g + 1) * fresh[i]]
                 self.lengths[row] = num_tokens[i]
-                prefixes[i] = [[]] * self.groups
-        self._release(prefixes)
         return cached, status
 
     def extend(self, num_tokens, order=range(B), *, full=False):
@@ -381,8 +389,7 @@ def stack(state):
 def queue_order(state):
     queue = jax.tree.map(np.asarray, state.inactive)
     entry = (int(queue.head) + np.arange(int(queue.tail) - int(queue.head))) % len(queue.ring)
-    live = queue.live[entry // 1024, entry % 1024 // 32] >> (entry % 32).astype(np.uint32) & 1
-    return queue.ring[entry[live == 1]].tolist()
+    return queue.ring[entry[np.asarray(lru.live(state.inactive))[entry]]].tolist()
 
 
 def walk(d, rng, steps, *, hybrid=False):
@@ -572,34 +579,23 @@ def test_padding_rows_change_nothing():
     assert stack(d.pool) == stack(pool.init(d.n))
 
 
-def test_without_room_to_give_a_prefix_back_no_row_is_begun():
+def test_a_row_that_does_not_fit_leaves_no_trace():
     d = Driver(ONE)
-    prompt = [0, 1, 0, 1]
-    d.start([0], [prompt], [16])
-    d.register([0], [prompt], [0])
-    d.release([0])
-    table = jnp.array([[0, 1]], jnp.int32)
-
-    @jax.jit
-    def hit_again_and_again(state, blocks, turns):
-        def turn(_, state):
-            return pool.release(pool.acquire(state, blocks)[0], blocks)[0]
-
-        return jax.lax.fori_loop(0, turns, turn, state)
-
-    # Block 2, the oldest, stays at the head of the queue while the prefix is hit until there is room for one push.
-    d.pool = hit_again_and_again(d.pool, table, (int(pool.release_room(d.pool)) - 1) // 2)
-    assert int(lru.room(d.pool.inactive)) == 1
-    before, order = d.pool, queue_order(d.pool)
-    args = (column([0], B), hash_rows([chain(prompt)]), column([2], 0), column([9], 0))
-    state, batch, result = d.do["start"](d.pool, d.batch, *args)
-    assert result.status.tolist()[0] == Status.QUEUE_FULL
-    assert result.num_cached.tolist()[0] == 0
-    jax.tree.map(np.testing.assert_array_equal, batch, d.batch)
-    np.testing.assert_array_equal(state.ref_counts, before.ref_counts)
-    assert queue_order(state) == order
-    _, _, result = d.do["start"](d.do["compact"](state), batch, *args)
-    assert (result.status.tolist()[0], result.num_cached.tolist()[0]) == (OK, 8)
+    for prompt in ([0, 1], [1, 1]):
+        d.start([0], [prompt], [2 * T])
+        d.register([0], [prompt], [0])
+        d.release([0])
+    d.start([1, 2], [[1, 0, 1, 0], [0, 0]], [4 * T, d.n * T - 8 * T], [0, 0])
+    order, refs = queue_order(d.pool), d.pool.ref_counts.tolist()
+    assert (len(order), stack(d.pool)) == (4, [])
+    # Of four cached blocks two are spared, the oldest; three are wanted.
+    cached, status = d.start([0, 3], [[0, 0, 0], [0, 1, 1]], [3 * T, 3 * T], [0, 2])
+    assert (cached, status) == ([0, 0], [Status.OUT_OF_BLOCKS] * 2)
+    assert (queue_order(d.pool), d.pool.ref_counts.tolist()) == (order, refs)
+    # The prefix of a row that is refused keeps its place in the queue, and goes when it is due.
+    cached, status = d.start([0, 3], [[0], [0, 1, 1, 1]], [T, 4 * T], [0, 2])
+    assert (cached, status) == ([0, 0], [OK, Status.OUT_OF_BLOCKS])
+    assert queue_order(d.pool) == order[1:]
 
 
 def test_release_without_room_keeps_the_sequence_until_the_pool_is_compacted():

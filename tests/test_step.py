@@ -26,6 +26,7 @@ from test_sequences import (
     tables_of,
 )
 
+from kvbm_jax import index as block_index
 from kvbm_jax import invariants, lru, pool, sequences, step
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.groups import Group
@@ -106,7 +107,7 @@ def by_verbs(state, running, plan):
 
 def observed(state, running):
     """All of a pool and its batch that anything can depend on."""
-    registered = np.asarray(state.index.ways) != state.index.table.size
+    registered = np.asarray(block_index.is_registered(state.index, jnp.arange(state.num_blocks)))
     return {
         "refs": state.ref_counts.tolist(),
         "generations": state.generations.tolist(),

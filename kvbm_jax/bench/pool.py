@@ -13,7 +13,7 @@ import dataclasses
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -39,6 +39,8 @@ _CROSSINGS = (8, 24, 40, 56)  # ages at which a sequence begins a new block
 _PROMPT = _KEYS * _BLOCK_SIZE + 1  # tokens
 _WIDTH = _KEYS + 1 + len(_CROSSINGS)
 _STEPS = 64  # of a trial
+_PERIOD = _LIFE // len(_CROSSINGS)  # steps from one crossing of a sequence to the next
+_BUDGET = 36  # blocks that a step may grant for each prompt; the tokens that a server computes in a step are bounded
 
 type _Carry = tuple[pool.PoolState, sequences.SequenceBatch]
 
@@ -58,7 +60,7 @@ def measure(timing: Timing, num_blocks: int) -> list[Row]:
         ours, plain = _Ours(num_blocks, batch), _Plain(num_blocks, batch)
         for i in range(trials := _trials_to_fill(num_blocks, batch)):
             timing.progress(f"batch {batch}: filling the pool, {i} of {trials}")
-            ours.scanned()
+            ours.fill()
             plain.trial()
         for how, trial in (("one dispatch", ours.dispatched), ("in scan", ours.scanned)):
             case = f"batch {batch:,}, {how}"
@@ -156,8 +158,10 @@ class _Ours:
             pool.init(num_blocks),
             sequences.init(batch, _WIDTH, block_size=_BLOCK_SIZE, pool_blocks=num_blocks),
         )
-        self._step = jax.jit(_step, donate_argnums=0)
-        self._scan = jax.jit(functools.partial(jax.lax.scan, _step), donate_argnums=0)
+        bounded = functools.partial(_step, max_fresh=batch // _LIFE * _BUDGET + batch // _PERIOD)
+        self._step = jax.jit(bounded, donate_argnums=0)
+        self._scan = jax.jit(functools.partial(jax.lax.scan, bounded), donate_argnums=0)
+        self._fill = jax.jit(functools.partial(jax.lax.scan, _step), donate_argnums=0)
         self._compact = jax.jit(pool.compact, donate_argnums=0)
 
     def dispatched(self) -> float:
@@ -175,13 +179,20 @@ class _Ours:
             self._count(result)
         return seconds / _STEPS
 
+    def fill(self) -> None:
+        """Steps that are not timed, with as many new blocks as their prompts need before anything is cached."""
+        self._scanned(self._fill)
+
     def scanned(self) -> float:
         """All steps in one call."""
+        return self._scanned(self._scan)
+
+    def _scanned(self, scan: Callable[[_Carry, StepPlan], tuple[_Carry, StepResult]]) -> float:
         taken = self._take()
         plans = _ready(StepPlan(**{name: jnp.asarray(np.stack([plan[name] for plan in taken])) for name in taken[0]}))
         carry = _ready(self._carry)
         begun = time.perf_counter()
-        self._carry, results = _ready(self._scan(carry, plans))
+        self._carry, results = _ready(scan(carry, plans))
         seconds = time.perf_counter() - begun
         self._count(results)
         return seconds / _STEPS
@@ -207,8 +218,8 @@ def _ready[T](tree: T) -> T:
     return tree
 
 
-def _step(carry: _Carry, plan: StepPlan) -> tuple[_Carry, StepResult]:
-    state, running, result = step(*carry, plan)
+def _step(carry: _Carry, plan: StepPlan, *, max_fresh: int | None = None) -> tuple[_Carry, StepResult]:
+    state, running, result = step(*carry, plan, max_fresh=max_fresh)
     return (state, running), result
 
 
