@@ -12,12 +12,12 @@ import urllib.request
 import pytest
 import zmq
 from block_moves import Moves, held
-from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisher, ZmqKvEventPublisherConfig
 from tiered import SIZE
 
 from kvbm_jax.events import Consolidator, EventType, KvEvent, KvEventBatch, ParentGate, PrefixIndex, RecordingEventSink
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.protocols import Tier
+from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisher, ZmqKvEventPublisherConfig
 
 pytest.importorskip("dynamo.indexer")
 
