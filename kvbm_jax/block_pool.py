@@ -16,10 +16,11 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax import grants, pool, programs, sequences
+from kvbm_jax import eviction, grants, pool, programs, sequences
 from kvbm_jax import step as step_verb
 from kvbm_jax.errors import BlockStateError, ConfigError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.outcomes import BlockCounts, EvictedBlocks, Registered, Started, Stepped, Unshared
+from kvbm_jax.policies import EvictionPolicy, ScoreFunction, as_policy
 from kvbm_jax.programs import pad, round_up
 from kvbm_jax.resize_plan import Resized, plan_resize
 from kvbm_jax.types import Status
@@ -37,22 +38,33 @@ class BlockPool:
       block_size: tokens of a block.
       max_sequences: rows.
       max_blocks: blocks of a table.
+      eviction_policy: which cached block is evicted first: the name of a policy (`kvbm_jax.eviction`), a policy
+        (`kvbm_jax.policies`), or a function from a `policies.BlockView` to scores, of which the lowest goes first.
 
     Raises:
-      ConfigError: if JAX offers no CPU device to keep the state on.
+      ConfigError: if JAX offers no CPU device to keep the state on, or there is no such policy.
       LayoutError: if a size is out of range.
     """
 
-    def __init__(self, *, num_blocks: int, block_size: int, max_sequences: int, max_blocks: int) -> None:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_sequences: int,
+        max_blocks: int,
+        eviction_policy: str | EvictionPolicy | ScoreFunction = "lru",
+    ) -> None:
+        policy = eviction.find(eviction_policy) if isinstance(eviction_policy, str) else as_policy(eviction_policy)
+        self._verbs = programs.of_policy(policy)
         self._device = programs.cpu_device()
         with jax.default_device(self._device):
             state = pool.init(num_blocks)
             running = sequences.init(max_sequences, max_blocks, block_size=block_size, pool_blocks=num_blocks)
-        # Committed to the device from the start: a program compiled for uncommitted state would be compiled twice.
-        self._pool: pool.PoolState = jax.device_put(state, self._device)
-        self.sequences: sequences.SequenceBatch = jax.device_put(running, self._device)
-        self._room = int(pool.release_room(self._pool))
-        self._seed = 0
+        self._pool: pool.PoolState
+        self.sequences: sequences.SequenceBatch
+        self._memory: Any  # the policy's
+        self.install(state, running)
         self._generation = np.uint32(0)  # that no block of an earlier, larger size has exceeded
 
     @property
@@ -95,7 +107,8 @@ class BlockPool:
 
     def _start(self, row: int, padded: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> sequences.StartResult:
         result: sequences.StartResult
-        self._pool, self.sequences, result = programs.start(
+        self._memory, self._pool, self.sequences, result = self._verbs.start(
+            self._memory,
             self._pool,
             self.sequences,
             np.array([row], np.int32),
@@ -108,7 +121,9 @@ class BlockPool:
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
         """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
         bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
-        self._pool, self.sequences, result = programs.extend(self._pool, self.sequences, num_tokens, max_blocks=bound)
+        self._pool, self.sequences, result = self._verbs.extend(
+            self._memory, self._pool, self.sequences, num_tokens, max_blocks=bound
+        )
         return np.array(result.status), EvictedBlocks.of(result.evicted)
 
     def fork(self, source: int, row: int) -> None:
@@ -127,7 +142,7 @@ class BlockPool:
         self._make_room(len(rows))
         mask = np.zeros((self.max_sequences,), np.bool_)
         mask[rows] = True
-        self._pool, self.sequences, result = programs.unshare(self._pool, self.sequences, mask)
+        self._pool, self.sequences, result = self._verbs.unshare(self._memory, self._pool, self.sequences, mask)
         copied = Unshared(
             np.asarray(result.sources)[:, 0].copy(),
             np.asarray(result.targets)[:, 0].copy(),
@@ -154,7 +169,7 @@ class BlockPool:
           OutOfBlocksError: if there are not as many.
         """
         bound = round_up(count) if max_blocks is None else max_blocks
-        self._pool, result = programs.reserve(self._pool, np.int32(count), max_blocks=bound)
+        self._pool, result = self._verbs.reserve(self._memory, self._pool, np.int32(count), max_blocks=bound)
         self.require(result.status, blocks=count)
         return result.grant, EvictedBlocks.of(result.evicted)
 
@@ -174,12 +189,15 @@ class BlockPool:
         self._pool, status = programs.free(self._pool, self._pad_blocks(left))
         self.require(np.asarray(status)[0], blocks=len(left))
 
-    def register(self, row: int, hashes: NDArray[np.uint32], first: int) -> Registered:
-        """Registers the blocks of a row from index `first` on under hashes u32[M, 4]."""
+    def register(self, row: int, hashes: NDArray[np.uint32], first: int, priority: int = 0) -> Registered:
+        """Registers the blocks of a row from index `first` on under hashes u32[M, 4].
+
+        Policies that ask for a priority are told that of new ones.
+        """
         padded, _ = self._pad_hashes(hashes)
         new = np.zeros((len(hashes),), np.bool_)
         for _ in range(programs.SEEDS):
-            result = self._register(row, padded, first, len(hashes))
+            result = self._register(row, padded, first, len(hashes), priority)
             new |= np.asarray(result.registered)[0, 0, : len(hashes)]
             status = np.asarray(result.status)[0, 0, : len(hashes)]
             if not np.any(status == Status.INDEX_FULL):
@@ -189,15 +207,19 @@ class BlockPool:
             self.require(code, blocks=len(hashes))
         return Registered(np.asarray(result.block_ids)[0, 0, : len(hashes)].copy(), new)
 
-    def _register(self, row: int, padded: NDArray[np.uint32], first: int, count: int) -> sequences.RegisterResult:
+    def _register(
+        self, row: int, padded: NDArray[np.uint32], first: int, count: int, priority: int = 0
+    ) -> sequences.RegisterResult:
         result: sequences.RegisterResult
-        self._pool, self.sequences, result = programs.register(
+        self._memory, self._pool, self.sequences, result = self._verbs.register(
+            self._memory,
             self._pool,
             self.sequences,
             np.array([row], np.int32),
             padded[None],
             np.array([first], np.int32),
             np.array([count], np.int32),
+            self._verbs.priorities([priority], 1),
         )
         return result
 
@@ -214,6 +236,7 @@ class BlockPool:
         complete: list[tuple[int, int]],
         hashes: NDArray[np.uint32],
         max_blocks: int,
+        priorities: abc.Sequence[int] = (),
     ) -> Stepped:
         """Ends sequences, makes room for the next tokens of others, and registers completed blocks, in one call.
 
@@ -223,6 +246,7 @@ class BlockPool:
           complete: row and index in its table of P blocks.
           hashes: u32[P, 4], theirs.
           max_blocks: bound of the new blocks of a row.
+          priorities: of the P blocks, 0 for those that are not named.
 
         Raises:
           BlockStateError: if a completed block is refused.
@@ -246,8 +270,11 @@ class BlockPool:
             "complete_hashes": padded,
         }
         plan = step_verb.StepPlan(**fields)
+        told = self._verbs.priorities(priorities, len(plan.complete_rows))
         bound = 1 << max(max_blocks - 1, 0).bit_length()
-        self._pool, self.sequences, result = programs.step(self._pool, self.sequences, plan, max_blocks=bound)
+        self._memory, self._pool, self.sequences, result = self._verbs.step(
+            self._memory, self._pool, self.sequences, plan, told, max_blocks=bound
+        )
         status = np.asarray(result.register_status)[0, : len(complete)]
         done = status != Status.INDEX_FULL
         for code in status[done]:
@@ -299,7 +326,9 @@ class BlockPool:
         Raises:
           OutOfBlocksError: if there are not as many.
         """
-        self._pool, result = programs.allocate(self._pool, np.array([count], np.int32), max_blocks=round_up(count))
+        self._pool, result = self._verbs.allocate(
+            self._memory, self._pool, np.array([count], np.int32), max_blocks=round_up(count)
+        )
         self.require(np.asarray(result.status)[0], blocks=count)
         block_ids = np.asarray(result.block_ids)[0, :count].copy()
         return block_ids, np.asarray(self._pool.generations)[block_ids], EvictedBlocks.of(result.evicted)
@@ -333,13 +362,15 @@ class BlockPool:
         return np.asarray(self._pool.reset_stack)[: self.stats().reset].copy()
 
     def evict(self, count: int | None = None) -> EvictedBlocks:
-        """Resets the `count` least recently released inactive blocks, or all of them."""
+        """Resets `count` inactive blocks, those that the policy evicts first, or all of them."""
         wanted = self.stats().inactive if count is None else count
-        self._pool, result = programs.evict(self._pool, np.int32(wanted), max_count=round_up(max(wanted, 1)))
+        self._pool, result = self._verbs.evict(
+            self._memory, self._pool, np.int32(wanted), max_count=round_up(max(wanted, 1))
+        )
         return EvictedBlocks.of(result)
 
     def inactive_blocks(self) -> NDArray[np.int32]:
-        """Returns the cached blocks that nobody holds, i32[n], in the order of their eviction."""
+        """Returns the cached blocks that nobody holds, i32[n], the least recently released first."""
         count = self.stats().inactive
         listed = programs.inactive_blocks(self._pool, max_count=min(round_up(count), self._pool.num_blocks))
         return np.asarray(listed)[:count].copy()
@@ -363,6 +394,8 @@ class BlockPool:
           LayoutError: if `num_blocks` is out of range.
         """
         planned = plan_resize(
+            self._verbs,
+            self._memory,
             self._pool,
             self.sequences,
             num_blocks,
@@ -381,13 +414,18 @@ class BlockPool:
 
     def carry_out(self, plan: Resized) -> None:
         """Takes over what `plan_resize` has made; nothing else may have been called since."""
-        self.install(plan.state, plan.running)
+        self._take(plan.memory, plan.state, plan.running)
         self._generation = plan.generation
 
     def install(self, state: pool.PoolState, running: sequences.SequenceBatch) -> None:
-        """Takes over a pool and the sequences that go with it, made elsewhere."""
-        state, running = jax.device_put((state, running), self._device)
-        self._pool, self.sequences = state, running
+        """Takes over a pool and the sequences that go with it, made elsewhere; the policy begins anew."""
+        with jax.default_device(self._device):
+            memory = self._verbs.policy.init(state.num_blocks)
+        self._take(memory, state, running)
+
+    def _take(self, memory: Any, state: pool.PoolState, running: sequences.SequenceBatch) -> None:
+        # Committed to the device from the start: a program compiled for uncommitted state would be compiled twice.
+        self._memory, self._pool, self.sequences = jax.device_put((memory, state, running), self._device)
         self._room = int(pool.release_room(state))
         self._seed = int(state.index.seed)
 
@@ -417,6 +455,7 @@ class BlockPool:
 
     def warm_up(self) -> None:
         """Compiles the programs of sequences for every padded size, by running them to no effect."""
+        memory = jax.tree.map(np.array, self._memory)  # a policy might count calls, those that tell it nothing too
         sizes = {self._pad_hashes(np.zeros((count, 4), np.uint32))[0].shape[0] for count in range(self.max_blocks + 1)}
         nobody = self.max_sequences
         for size in sorted(sizes):
@@ -426,6 +465,7 @@ class BlockPool:
             self._register(nobody, padded, 0, 0)
         self._pool, self.sequences, _ = programs.release(self._pool, self.sequences, np.array([nobody], np.int32))
         self.step([], {}, [], np.zeros((0, 4), np.uint32), 0)
+        self._memory = jax.device_put(memory, self._device)
 
     def _rehash(self) -> None:
         def attempt(seed: np.uint32) -> tuple[pool.PoolState, bool]:

@@ -24,6 +24,7 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 
+from kvbm_jax import eviction
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.hashing import HashAlgorithm
 
@@ -109,6 +110,10 @@ class KvBlockManagerConfig:
     model_id: Annotated[
         str | None, _Says("names the model and its weights; the disk tier serves blocks of the same name only")
     ] = None
+    eviction_policy: Annotated[
+        str,
+        _Says("which cached block goes first: lru, lineage, priority, tiny_lfu, or one that a package offers"),
+    ] = "lru"
     events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
     worker_id: Annotated[
@@ -137,6 +142,7 @@ class KvBlockManagerConfig:
                 "enable_offload = true with host_blocks = 0 and disk_budget = 0: there is no tier; set one of them, "
                 "or enable_offload = false"
             )
+        eviction.check_name(self.eviction_policy)
         if self.events_url is not None:
             if self.events not in {EventTransport.NATS, EventTransport.ZMQ}:
                 raise ConfigError(

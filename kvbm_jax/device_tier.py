@@ -21,6 +21,7 @@ from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import staging
 from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import EvictedBlocks, Stepped
+from kvbm_jax.policies import EvictionPolicy, ScoreFunction
 from kvbm_jax.protocols import Clock, MetricsSink, Tier
 from kvbm_jax.reblock import ReblockPlan, Running, build_pool, plan_reblock
 from kvbm_jax.residency import Residency
@@ -36,6 +37,7 @@ class DeviceTier:
       layout: of the cache.
       max_sequences: rows of the sequence batch.
       max_sequence_tokens: which a table has room for; None = the whole pool.
+      eviction_policy: of the pool, see `BlockPool`.
       residency: where evictions and registrations are told.
       metrics: takes the device's gauges and the time of allocations.
       clock: for durations.
@@ -50,12 +52,14 @@ class DeviceTier:
         *,
         max_sequences: int,
         max_sequence_tokens: int | None,
+        eviction_policy: str | EvictionPolicy | ScoreFunction,
         residency: Residency,
         metrics: MetricsSink,
         clock: Clock,
     ) -> None:
         self._max_sequences = max_sequences
         self._max_sequence_tokens = max_sequence_tokens
+        self._eviction_policy = eviction_policy
         self._metrics = metrics
         self._clock = clock
         self.residency = residency
@@ -110,13 +114,14 @@ class DeviceTier:
         complete: list[tuple[int, int]],
         hashes: NDArray[np.uint32],
         max_blocks: int,
+        priorities: list[int],
     ) -> Stepped:
         """Ends, extends and registers in one call; `ending` names the registered blocks of rows. See `BlockPool.step`.
 
         The caller tells the residency what has been registered.
         """
         begun = self._clock.monotonic_ns()
-        stepped = self.pool.step(list(ending), growing, complete, hashes, max_blocks)
+        stepped = self.pool.step(list(ending), growing, complete, hashes, max_blocks, priorities)
         for registered in ending.values():
             self.residency.released(registered)
         self._allocated(begun, stepped.evicted)
@@ -230,6 +235,7 @@ class DeviceTier:
             block_size=layout.block_size,
             max_sequences=self._max_sequences,
             max_blocks=max(self._max_blocks(layout), longest),
+            eviction_policy=self._eviction_policy,
         )
 
     def _allocated(self, begun: int, evicted: EvictedBlocks) -> None:

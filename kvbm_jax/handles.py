@@ -103,6 +103,7 @@ class Sequence:
     on_release: Callable[["Sequence"], None] = field(repr=False)
     multimodal: Multimodal = ()  # (position in `tokens`, hash of the input that stands there)
     hits: Mapping[Tier, int] = field(default_factory=dict)  # the tokens of `num_cached` by the tier they were found in
+    priority: int = 0  # of the blocks that it registers, where the eviction policy asks for one
     reuse: bool = True  # whether it finds and leaves cached blocks
     num_registered: int = 0  # blocks that others can find
     may_share_tail: bool = False  # whether the block of its next token may be one that must not be written

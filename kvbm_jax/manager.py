@@ -45,6 +45,7 @@ from kvbm_jax.loose_blocks import LooseBlocks
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
 from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
+from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
@@ -86,6 +87,8 @@ class BlockManager:
       metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
       clock: time for events and durations; None = the system's.
       stores: the tiers below the device, the fastest first, closed with the manager; None = those of `config`.
+      eviction_policy: which cached block of the device goes first: a policy of `kvbm_jax.policies`, or a function from
+        a `policies.BlockView` to scores, of which the lowest goes first; None = what `config` names.
       agreement: decides how much of what the tiers brought up is used, where several processes run one plan; see
         `kvbm_jax.agreement`.
 
@@ -105,6 +108,7 @@ class BlockManager:
         metrics: MetricsSink | None = None,
         clock: Clock | None = None,
         stores: abc.Sequence[BlockStore] | None = None,
+        eviction_policy: EvictionPolicy | ScoreFunction | None = None,
         agreement: Agreement = agree_alone,
     ) -> None:
         self.config = config
@@ -134,6 +138,7 @@ class BlockManager:
                 layout,
                 max_sequences=max_sequences,
                 max_sequence_tokens=max_sequence_tokens,
+                eviction_policy=config.eviction_policy if eviction_policy is None else eviction_policy,
                 residency=Residency(self._publisher, self._metrics, engine),
                 metrics=self._metrics,
                 clock=self._clock,
@@ -162,6 +167,7 @@ class BlockManager:
         salt: str = "",
         lora_name: str | None = None,
         multimodal: Multimodal = (),
+        priority: int = 0,
         reuse: bool = True,
     ) -> Sequence:
         """Begins a sequence: finds its cached prefix, holds it, and allocates blocks for the rest of the prompt.
@@ -175,12 +181,15 @@ class BlockManager:
           salt: prefixes are shared within equal salts only.
           lora_name: adapter that the cache is computed with.
           multimodal: images and the like: (position of a placeholder token, hash of the content) pairs.
+          priority: of the blocks that it registers, from 0 to 2**32 - 1: those of lower priority are evicted first
+            under the policy `priority`, and policies of one's own may look at it.
           reuse: False for a sequence that neither finds cached blocks nor leaves any.
 
         Raises:
           HashingError: if a token is no integer in [0, 2**32), or an input cannot be hashed.
           SequenceTooLongError: if the prompt is empty or longer than a sequence may be.
           OutOfBlocksError: if the prompt needs more blocks than are free or evictable.
+          ConfigError: if the priority is out of range.
           BlockStateError: if `max_sequences` are running.
         """
         words = check_tokens(tokens) if len(tokens) else np.zeros((0,), np.uint32)
@@ -194,6 +203,7 @@ class BlockManager:
             multimodal=tuple(multimodal),
             hasher=self._hasher,
             on_release=self.release,
+            priority=check_priority(priority),
             reuse=reuse,
             released=True,
         )
@@ -290,20 +300,22 @@ class BlockManager:
         return self._progress.step(tokens, ending)
 
     @_whole
-    def register(self, seq: Sequence, num_computed: int | None = None) -> int:
+    def register(self, seq: Sequence, num_computed: int | None = None, *, priority: int | None = None) -> int:
         """Makes the blocks of a sequence findable that are whole and computed.
 
         Args:
           seq: a running sequence.
           num_computed: how many of its tokens have their keys and values in the cache; None = all with a slot.
+          priority: of the blocks that this call makes findable, as for a system prompt; None = the sequence's.
 
         Returns:
           How many blocks others could not find before.
 
         Raises:
           BlockStateError: if the sequence is not running, or has fewer slots.
+          ConfigError: if the priority is out of range.
         """
-        count = self._progress.register(seq, num_computed)
+        count = self._progress.register(seq, num_computed, priority)
         self._device.update_gauges()
         return count
 
@@ -508,10 +520,10 @@ class BlockManager:
     def resize(self, num_blocks: int) -> ResizeReport:
         """Grows or shrinks the device's pool and cache between steps, with all that runs on them.
 
-        Sequences go on, and what is cached stays found as far as it fits: reset blocks go first, then the least
-        recently released cached ones, which are offered to the tiers below. Blocks keep their ids unless those lie
-        beyond the new size; each that moves is told as `deleted` and `created`. Take `sequences` anew afterwards; for
-        handles of `allocate_blocks` see `ResizeReport.follow`: the former handle of a block that moved is stale.
+        Sequences go on, and what is cached stays found as far as it fits: reset blocks go first, then cached ones in
+        the order of their eviction, which are offered to the tiers below. Blocks keep their ids unless those lie beyond
+        the new size; each that moves is told as `deleted` and `created`. Take `sequences` anew afterwards; for handles
+        of `allocate_blocks` see `ResizeReport.follow`: the former handle of a block that moved is stale.
 
         Compiled programs see other shapes and are compiled again. Both caches are in memory for a while.
 

@@ -16,10 +16,10 @@ one call registers or hits counts from the next call on. Policies decide which i
 are granted before any is evicted, and that held blocks stay, is the pool's rule.
 
 A memory belongs to one pool. It needs no word of evictions: it goes by the pool's generations, or is written anew when
-a block is registered.
+a block is registered. A pool of another size (`kvbm_jax.resize`) takes its memory along by `resized`.
 
-Axes: N blocks, F blocks of one call, G groups, R rows of one call, P completed blocks, W blocks of a table, T tokens of
-a block.
+Axes: N blocks, M blocks after a resize, F blocks of one call, G groups, R rows of one call, P completed blocks, W
+blocks of a table, T tokens of a block.
 """
 
 import functools
@@ -42,8 +42,12 @@ __all__ = [
     "EvictionPolicy",
     "Lineage",
     "Registered",
+    "Resized",
+    "ScoreFunction",
     "Usage",
+    "as_policy",
     "bind",
+    "check_priority",
     "lineage",
     "lru",
     "named",
@@ -69,6 +73,15 @@ class Registered(NamedTuple):
     priorities: jax.Array  # u32[F]: the caller's; only policies that use them ask for a meaning
 
 
+class Resized(NamedTuple):
+    """A pool that has taken another size."""
+
+    before: pool.PoolState  # of N blocks, as it was before anything was evicted for it
+    after: pool.PoolState  # of M blocks
+    new_ids: jax.Array  # i32[N]: what each block is called now, M where it is gone
+    sources: jax.Array  # i32[M]: what each block was called before, N where it holds nothing
+
+
 class EvictionPolicy(NamedTuple):
     """What decides which inactive block is evicted first. Memories are pytrees of arrays, and functions are pure."""
 
@@ -79,7 +92,9 @@ class EvictionPolicy(NamedTuple):
     hit: Callable[[Any, pool.PoolState, jax.Array], Any]
     """The memory after the blocks i32[F], padded with N, were found and acquired; repeats count."""
     scores: Callable[[Any, pool.PoolState], jax.Array] | None
-    """Scores as `pool.Scores` returns them, lowest first; None for the queue's own order."""
+    """Scores as `pool.Scores` returns them, lowest first; None for the queue's own order, which needs no memory."""
+    resized: Callable[[Any, Resized], Any] | None = None
+    """The memory after the pool has taken another size; None to begin anew."""
 
 
 def bind(policy: EvictionPolicy, memory: Any) -> pool.Scores | None:
@@ -109,6 +124,8 @@ def note_hits(
     Returns:
       The memory.
     """
+    if policy.scores is None:
+        return memory
     width = running.block_tables.shape[2]
     tables = running.block_tables.at[:, rows].get(mode="fill", fill_value=running.pool_blocks)
     found = jnp.arange(width, dtype=jnp.int32)[None, :] < (num_cached // running.block_size)[:, None]
@@ -140,6 +157,8 @@ def note_registered(
     Returns:
       The memory.
     """
+    if policy.scores is None:
+        return memory
     none = running.pool_blocks
     blocks = running.block_tables.at[:, rows, places].get(mode="fill", fill_value=none)
     before = jnp.where(places > 0, places - 1, running.block_tables.shape[2])
@@ -236,7 +255,21 @@ def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
         depths = jnp.where(known, memory.depths, 0).astype(jnp.uint32)
         return jnp.stack([last, ~depths])
 
-    return EvictionPolicy(init, registered, hit=lambda memory, state, blocks: memory, scores=scores)
+    def resized(memory: Lineage, told: Resized) -> Lineage:
+        size = told.after.num_blocks
+        known = memory.generations == told.before.generations
+        linked = known & (_generations(told.before, memory.parents) == memory.parent_generations)
+        parents = told.new_ids.at[memory.parents].get(mode="fill", fill_value=size)
+        parents = _moved(jnp.where(linked, parents, size), told, fill=size)
+        now = told.after.generations
+        return Lineage(
+            parents,
+            _generations(told.after, parents),
+            jnp.where(_moved(known, told), now, now - 1),
+            _moved(memory.depths, told),
+        )
+
+    return EvictionPolicy(init, registered, lambda memory, state, blocks: memory, scores, resized)
 
 
 def priority() -> EvictionPolicy:
@@ -256,7 +289,19 @@ def priority() -> EvictionPolicy:
         registered=registered,
         hit=lambda memory, state, blocks: memory,
         scores=lambda memory, state: memory,
+        resized=_moved,
     )
+
+
+def check_priority(priority: int) -> int:
+    """Returns a priority as it is.
+
+    Raises:
+      ConfigError: unless it is an integer in [0, 2**32).
+    """
+    if not isinstance(priority, int) or not 0 <= priority < 2**32:
+        raise ConfigError(f"priority is {priority!r}; it must be an integer from 0 to {2**32 - 1:,}")
+    return priority
 
 
 def tiny_lfu() -> EvictionPolicy:
@@ -279,6 +324,7 @@ def tiny_lfu() -> EvictionPolicy:
         registered=lambda memory, state, told: seen(memory, state, told.block_ids),
         hit=seen,
         scores=lambda memory, state: sketch.estimate(memory, state.index.keys),
+        resized=lambda memory, told: sketch.resize(memory, told.after.num_blocks),
     )
 
 
@@ -299,7 +345,7 @@ class BlockView(NamedTuple):
     """What a score function sees of blocks."""
 
     uses: jax.Array  # f32[N]: registration and hits so far, 1 for a block that was never hit
-    age: jax.Array  # f32[N]: how often the policy was told of registrations or hits since the block's last use
+    age: jax.Array  # f32[N]: how often the policy was told of any registration or hit since the block's last use
     depth: jax.Array  # f32[N]: place in its sequence, 0 for the first
     priority: jax.Array  # f32[N]: the caller's, given at registration
 
@@ -313,10 +359,14 @@ class Usage:
     last_use: jax.Array  # u32[N]: the clock then
     depths: jax.Array  # i32[N]
     priorities: jax.Array  # u32[N]
-    clock: jax.Array  # u32[]: calls so far, modulo 2**32
+    clock: jax.Array  # u32[]: calls so far that named a block, modulo 2**32
 
 
-def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
+type ScoreFunction = Callable[[BlockView], jax.Array]
+"""A pure function from a view of all blocks to numbers [N]."""
+
+
+def scored(score: ScoreFunction) -> EvictionPolicy:
     """The block of the lowest score goes first, by a function of one's own; among equals the least recently released.
 
         policies.scored(lambda block: block.uses / (1 + block.age))
@@ -327,7 +377,7 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
     Costs the function, and 64 passes over N, at each eviction.
 
     Args:
-      score: a pure function from a view of all blocks to numbers [N].
+      score: from a view of all blocks to numbers [N].
     """
 
     def init(num_blocks: int) -> Usage:
@@ -341,7 +391,7 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
 
     def registered(memory: Usage, state: pool.PoolState, told: Registered) -> Usage:
         memory, blocks = _after(memory, state), told.block_ids
-        clock = memory.clock + 1
+        clock = memory.clock + jnp.any(blocks < state.num_blocks).astype(jnp.uint32)
         return Usage(
             memory.uses.at[blocks].set(1, mode="drop"),
             memory.last_use.at[blocks].set(clock, mode="drop"),
@@ -352,7 +402,7 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
 
     def hit(memory: Usage, state: pool.PoolState, blocks: jax.Array) -> Usage:
         memory = _after(memory, state)
-        clock = memory.clock + 1
+        clock = memory.clock + jnp.any(blocks < state.num_blocks).astype(jnp.uint32)
         return Usage(
             memory.uses.at[blocks].add(1, mode="drop"),
             memory.last_use.at[blocks].set(clock, mode="drop"),
@@ -370,12 +420,34 @@ def scored(score: Callable[[BlockView], jax.Array]) -> EvictionPolicy:
             )
         return selection.ordered(values)
 
-    return EvictionPolicy(init, registered, hit, scores)
+    def resized(memory: Usage, told: Resized) -> Usage:
+        return Usage(
+            _moved(memory.uses, told),
+            _moved(memory.last_use, told),
+            _moved(memory.depths, told),
+            _moved(memory.priorities, told),
+            memory.clock,
+        )
+
+    return EvictionPolicy(init, registered, hit, scores, resized)
+
+
+_scored_once = functools.cache(scored)
+
+
+def as_policy(choice: EvictionPolicy | ScoreFunction) -> EvictionPolicy:
+    """Returns a policy as it is, and the `scored` one of a function: each time the same one for the same function."""
+    return choice if isinstance(choice, EvictionPolicy) else _scored_once(choice)
 
 
 def _after[T](memory: T, state: pool.PoolState) -> T:
     """Orders the writes to a memory after the evictions that read it; XLA would copy the buffers that both touch."""
     return fence((memory, state.ref_counts))[0]
+
+
+def _moved(values: jax.Array, told: Resized, fill: int = 0) -> jax.Array:
+    """What is known of blocks [N], under the ids that they have now, [M]; `fill` where there is no block."""
+    return values.at[told.sources].get(mode="fill", fill_value=fill)
 
 
 def _generations(state: pool.PoolState, blocks: jax.Array) -> jax.Array:

@@ -1,48 +1,45 @@
 """The compiled verbs that the host's owner of a pool calls, and the few sizes that their arguments are padded to.
 
-A program is compiled for each shape it sees: arguments of any length are padded to one of few sizes. Programs that
-donate take the pool first. State lives on JAX's CPU device.
+A program is compiled for each shape it sees: arguments of any length are padded to one of few sizes. State lives
+on JAX's CPU device, and is donated by what returns it anew.
 """
 
+import functools
 from collections import abc
 from dataclasses import replace
-from typing import Final
+from typing import Any, Concatenate, Final
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax import grants, pool, resize, sequences
+from kvbm_jax import grants, policies, pool, resize, sequences
 from kvbm_jax import step as step_verb
 from kvbm_jax.errors import ConfigError, KvbmError
+from kvbm_jax.policies import EvictionPolicy
+from kvbm_jax.pool import PoolState
+from kvbm_jax.sequences import SequenceBatch
 
 __all__ = [
     "SEEDS",
+    "PolicyPrograms",
     "adopt_rows",
-    "allocate",
     "check_generations",
     "compact",
     "cpu_device",
-    "evict",
-    "extend",
     "fork",
     "free",
     "inactive_blocks",
     "match",
+    "of_policy",
     "pad",
-    "register",
     "rehash",
     "release",
-    "reserve",
-    "resize_pool",
     "round_up",
-    "start",
     "stats",
-    "step",
     "trim",
     "try_seeds",
-    "unshare",
 ]
 
 SEEDS: Final = 8
@@ -106,25 +103,136 @@ def _adopt_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask
     )
 
 
+class PolicyPrograms:
+    """The compiled verbs that evict by a policy, or tell it what happened; take its memory first and the pool next.
+
+    Those that tell it donate both and return the memory first; those that only evict donate the pool. A policy without
+    scores is asked and told nothing, and takes no priorities (None): its programs are those of the bare verbs.
+    """
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        def start(
+            memory: Any, state: PoolState, running: SequenceBatch, rows: jax.Array, *prompts: jax.Array
+        ) -> tuple[Any, PoolState, SequenceBatch, sequences.StartResult]:
+            scores = policies.bind(policy, memory)
+            state, running, began = sequences.start(state, running, rows, *prompts, scores=scores)
+            return policies.note_hits(policy, memory, state, running, rows, began.num_cached), state, running, began
+
+        def register(
+            memory: Any,
+            state: PoolState,
+            running: SequenceBatch,
+            rows: jax.Array,
+            hashes: jax.Array,
+            first: jax.Array,
+            counts: jax.Array,
+            priorities: jax.Array | None,
+        ) -> tuple[Any, PoolState, SequenceBatch, sequences.RegisterResult]:
+            state, running, done = sequences.register(state, running, rows, hashes, first, counts)
+            if policy.scores is None:
+                return memory, state, running, done
+            width = hashes.shape[1]
+            places = first[:, None] + jnp.arange(width, dtype=jnp.int32)[None, :]
+            memory = policies.note_registered(
+                policy,
+                memory,
+                state,
+                running,
+                jnp.repeat(rows, width),
+                places.reshape(-1),
+                done.registered.reshape(done.registered.shape[0], -1),
+                None if priorities is None else jnp.repeat(priorities, width),
+            )
+            return memory, state, running, done
+
+        def step(
+            memory: Any,
+            state: PoolState,
+            running: SequenceBatch,
+            plan: step_verb.StepPlan,
+            priorities: jax.Array | None,
+            *,
+            max_blocks: int,
+        ) -> tuple[Any, PoolState, SequenceBatch, step_verb.StepResult]:
+            scores = policies.bind(policy, memory)
+            state, running, result = step_verb.step(state, running, plan, max_blocks=max_blocks, scores=scores)
+            memory = policies.note_hits(policy, memory, state, running, plan.starting, result.num_cached)
+            named = plan.complete_rows, plan.complete_places, result.registered
+            return (
+                policies.note_registered(policy, memory, state, running, *named, priorities),
+                state,
+                running,
+                result,
+            )
+
+        def resize_pool(
+            memory: Any,
+            state: PoolState,
+            running: SequenceBatch,
+            num_blocks: int,
+            *,
+            max_blocks: int | None,
+            seed: jax.Array,
+            generation: jax.Array,
+        ) -> tuple[Any, PoolState, SequenceBatch, resize.ResizeResult]:
+            resized, renamed, result = resize.resize(
+                state,
+                running,
+                num_blocks,
+                max_blocks=max_blocks,
+                seed=seed,
+                generation=generation,
+                scores=policies.bind(policy, memory),
+            )
+            if policy.resized is None:
+                memory = policy.init(num_blocks)
+            else:
+                memory = policy.resized(memory, policies.Resized(state, resized, result.new_ids, result.sources))
+            return memory, resized, renamed, result
+
+        def by_policy[**P, R](verb: abc.Callable[P, R]) -> abc.Callable[Concatenate[Any, P], R]:
+            def evicting(memory: Any, /, *args: P.args, **kwargs: P.kwargs) -> R:
+                kwargs["scores"] = policies.bind(policy, memory)
+                return verb(*args, **kwargs)
+
+            return evicting
+
+        self.policy = policy
+        self.start = jax.jit(start, donate_argnums=(0, 1))
+        self.register = jax.jit(register, donate_argnums=(0, 1))
+        self.step = jax.jit(step, donate_argnums=(0, 1), static_argnames="max_blocks")
+        self.resize_pool = jax.jit(resize_pool, static_argnums=3, static_argnames="max_blocks")
+        self.extend = jax.jit(by_policy(sequences.extend), donate_argnums=1, static_argnames="max_blocks")
+        self.unshare = jax.jit(by_policy(sequences.unshare), donate_argnums=1)
+        self.reserve = jax.jit(by_policy(grants.reserve), donate_argnums=1, static_argnames="max_blocks")
+        self.allocate = jax.jit(by_policy(pool.allocate), donate_argnums=1, static_argnames="max_blocks")
+        self.evict = jax.jit(by_policy(pool.evict), donate_argnums=1, static_argnames="max_count")
+
+    def priorities(self, values: abc.Sequence[int], size: int) -> NDArray[np.uint32] | None:
+        """Returns priorities padded to u32[size], or None if nobody asks for them."""
+        if self.policy.scores is None:
+            return None
+        out = np.zeros((size,), np.uint32)
+        out[: len(values)] = values
+        return out
+
+
+@functools.cache
+def of_policy(policy: EvictionPolicy) -> PolicyPrograms:
+    """Returns the programs of a policy, each time the same ones, so that all pools of a policy share them."""
+    return PolicyPrograms(policy)
+
+
 stats = jax.jit(pool.stats)
 match = jax.jit(pool.match)
 check_generations = jax.jit(pool.check_generations)
-allocate = jax.jit(pool.allocate, donate_argnums=0, static_argnames="max_blocks")
 free = jax.jit(pool.release, donate_argnums=0)
-evict = jax.jit(pool.evict, donate_argnums=0, static_argnames="max_count")
 compact = jax.jit(pool.compact, donate_argnums=0)
 rehash = jax.jit(pool.rehash)
 
-start = jax.jit(sequences.start, donate_argnums=0)
-extend = jax.jit(sequences.extend, donate_argnums=0, static_argnames="max_blocks")
-register = jax.jit(sequences.register, donate_argnums=0)
 release = jax.jit(sequences.release, donate_argnums=0)
 fork = jax.jit(sequences.fork, donate_argnums=0)
-unshare = jax.jit(sequences.unshare, donate_argnums=0)
 trim = jax.jit(sequences.trim, donate_argnums=0, static_argnames="max_blocks")
-step = jax.jit(step_verb.step, donate_argnums=0, static_argnames="max_blocks")
-reserve = jax.jit(grants.reserve, donate_argnums=0, static_argnames="max_blocks")
 adopt_rows = jax.jit(_adopt_rows)
 
-resize_pool = jax.jit(resize.resize, static_argnums=2, static_argnames="max_blocks")
 inactive_blocks = jax.jit(resize.inactive_blocks, static_argnames="max_count")

@@ -14,6 +14,7 @@ from kvbm_jax.device_tier import DeviceTier
 from kvbm_jax.errors import BlockStateError
 from kvbm_jax.handles import Sequence
 from kvbm_jax.hashing import check_tokens
+from kvbm_jax.policies import check_priority
 from kvbm_jax.roster import Roster
 from kvbm_jax.types import Status
 
@@ -32,8 +33,13 @@ class Progress:
         self._device = device
         self._roster = roster
 
-    def register(self, seq: Sequence, num_computed: int | None = None) -> int:
-        """Makes whole computed blocks findable; returns how many others could not find before."""
+    def register(self, seq: Sequence, num_computed: int | None = None, priority: int | None = None) -> int:
+        """Makes whole computed blocks findable, with a priority of their own or that of their sequence.
+
+        Returns:
+          How many blocks others could not find before.
+        """
+        chosen = seq.priority if priority is None else check_priority(priority)
         self._roster.require(seq)
         size, slots = self._device.layout.block_size, self._device.pool.length(seq.row)
         computed = slots if num_computed is None else num_computed
@@ -42,7 +48,7 @@ class Progress:
         first, last = seq.num_registered, computed // size
         if last <= first or not seq.reuse:
             return 0
-        done = self._device.pool.register(seq.row, seq.hash_blocks(last)[first:], first)
+        done = self._device.pool.register(seq.row, seq.hash_blocks(last)[first:], first, chosen)
         seq.num_registered = last
         index = first + np.flatnonzero(done.new)
         if len(index):
@@ -98,6 +104,7 @@ class Progress:
             [(seq.row, i) for seq, i in complete],
             np.concatenate(hashes) if hashes else np.zeros((0, 4), np.uint32),
             most,
+            [seq.priority for seq, _ in complete],
         )
         for seq in ending:
             self._roster.leave(seq)

@@ -21,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from kvbm_jax import policies, pool, traces
+from kvbm_jax import eviction, policies, pool, traces
 from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
 from kvbm_jax.programs import cpu_device
@@ -113,7 +113,7 @@ def replay(
       num_blocks: blocks of the pool.
       host_blocks: blocks of tier G2, 0 for none.
       disk_blocks: blocks of tier G3, 0 for none.
-      policy: which blocks the pool evicts first, one of `policies.NAMES`.
+      policy: which blocks the pool evicts first: a name that `kvbm_jax.eviction` finds.
       limit: stop after this many requests in all.
       shared_ids: whether equal ids in two files mean the same block.
       progress: is told how many requests have been replayed, and of how many.
@@ -129,7 +129,7 @@ def replay(
         files=files,
         host_blocks=host_blocks,
         disk_blocks=disk_blocks,
-        policy=policies.named(policy),
+        policy=eviction.find(policy),
         progress=progress,
     )
 
@@ -150,7 +150,7 @@ def compare(
     Args:
       paths: the files.
       num_blocks: sizes of the pool.
-      names: policies, of `policies.NAMES`.
+      names: policies, as `kvbm_jax.eviction` finds them.
       host_blocks: blocks of tier G2, 0 for none.
       disk_blocks: blocks of tier G3, 0 for none.
       limit: stop after this many requests in all.
@@ -164,7 +164,7 @@ def compare(
       ConfigError: if a size, `limit` or a policy is out of range.
       TraceError: if a file cannot be read or a line is not a request.
     """
-    chosen = {name: policies.named(name) for name in names}
+    chosen = {name: eviction.find(name) for name in names}
     requests, files = _read(paths, limit, shared_ids)
     cases = list(itertools.product(chosen, num_blocks))
     rows = []

@@ -1,9 +1,9 @@
 """Another size for a live pool: held blocks stay held, what is cached stays findable as far as it fits.
 
     grow     the new blocks come under the stack of reset ones: they are granted last, in the order of their ids
-    shrink   reset blocks go first; if they do not suffice, inactive ones are evicted as ever, the least recently
-             released first; what is left keeps its id if that is below the new size, and otherwise moves into the
-             reset block below it that would be granted next, in the order of ids
+    shrink   reset blocks go first; if they do not suffice, inactive ones are evicted as ever, by default the least
+             recently released first; what is left keeps its id if that is below the new size, and otherwise moves into
+             the reset block below it that would be granted next, in the order of ids
 
 So as few blocks move as can. Contents follow by `cache.resize_blocks`, tables are rewritten here. Everything costs
 work in proportion to the pool and yields arrays of other shapes: a call of its own, made between steps, not donated.
@@ -31,7 +31,7 @@ class ResizeResult(NamedTuple):
 
     new_ids: jax.Array  # i32[N]: what each block is called now, M where it is gone
     sources: jax.Array  # i32[M]: what each block was called before, N where it holds nothing: see `cache.resize_blocks`
-    evicted: pool.Evicted  # F: what no longer fits, the least recently released first, under the ids of before
+    evicted: pool.Evicted  # F: what no longer fits, in the order of its eviction, under the ids of before
     generation: jax.Array  # u32[]: for the next call, see `generation`
     status: jax.Array  # i32[]
 
@@ -56,6 +56,7 @@ def resize(
     max_blocks: int | None = None,
     seed: jax.Array | None = None,
     generation: jax.Array | int = 0,
+    scores: pool.Scores | None = None,
 ) -> tuple[pool.PoolState, SequenceBatch, ResizeResult]:
     """Makes a pool of another size out of a pool. Do not donate: shapes differ, and a refusal leaves the former ones.
 
@@ -71,6 +72,7 @@ def resize(
       seed: u32[] of the new index; None keeps the present one.
       generation: u32[] that added blocks begin with: what the last `resize` of this pool returned. Handles of blocks
         that were taken away by it stay stale then, also when their ids come back.
+      scores: which inactive blocks are evicted first, as in `pool.allocate`.
 
     Returns:
       Pool, batch and result. The status is OK, or the former pool is to be used on: OUT_OF_BLOCKS if more than M blocks
@@ -87,7 +89,7 @@ def resize(
         raise LayoutError(f"num_blocks is {num_blocks}; a pool has between 1 and {2**30} blocks")
     counts = pool.stats(state)
     surplus = counts.held + counts.inactive - num_blocks
-    state, evicted = pool.evict(state, surplus, max_count=max(before - num_blocks, 1))
+    state, evicted = pool.evict(state, surplus, max_count=max(before - num_blocks, 1), scores=scores)
 
     blocks = jnp.arange(before, dtype=jnp.int32)
     registered = block_index.is_registered(state.index, blocks)
@@ -149,7 +151,7 @@ def assemble(parts: PoolParts, seed: jax.Array) -> tuple[pool.PoolState, jax.Arr
 
 
 def inactive_blocks(state: pool.PoolState, *, max_count: int) -> jax.Array:
-    """Lists inactive blocks in the order of their eviction, i32[max_count], padded with N; the state does not change.
+    """Lists inactive blocks, the least recently released first, i32[max_count], padded with N; changes nothing.
 
     Args:
       state: the pool.

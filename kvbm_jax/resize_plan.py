@@ -5,7 +5,7 @@ The verb is `kvbm_jax.resize`; here it gets an index that takes all keys, and it
 Axes: N blocks before, M after.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +22,7 @@ class Resized(NamedTuple):
     """A pool of M blocks that is to take the place of one of N; means nothing but its status unless that is OK."""
 
     state: pool.PoolState
+    memory: Any  # the policy's
     running: sequences.SequenceBatch
     new_ids: NDArray[np.int32]  # [N]: what each block is called in it, M where it is gone
     sources: NDArray[np.int32]  # [M]: what each block was called, N where it holds nothing: for `cache.resize_blocks`
@@ -32,6 +33,8 @@ class Resized(NamedTuple):
 
 
 def plan_resize(
+    verbs: programs.PolicyPrograms,
+    memory: Any,
     state: pool.PoolState,
     running: sequences.SequenceBatch,
     num_blocks: int,
@@ -43,6 +46,8 @@ def plan_resize(
     """Makes a pool of another size out of a pool, which does not change.
 
     Args:
+      verbs: of the pool's eviction policy.
+      memory: of that policy.
       state: the pool of N blocks.
       running: its sequences.
       num_blocks: M.
@@ -55,15 +60,18 @@ def plan_resize(
     """
     before = np.array(state.generations)
 
-    def attempt(seed: np.uint32) -> tuple[tuple[pool.PoolState, sequences.SequenceBatch, ResizeResult], bool]:
-        made = programs.resize_pool(state, running, num_blocks, max_blocks=max_blocks, seed=seed, generation=generation)
-        return made, int(made[2].status) != Status.INDEX_FULL
+    def attempt(seed: np.uint32) -> tuple[tuple[Any, pool.PoolState, sequences.SequenceBatch, ResizeResult], bool]:
+        made = verbs.resize_pool(
+            memory, state, running, num_blocks, max_blocks=max_blocks, seed=seed, generation=generation
+        )
+        return made, int(made[3].status) != Status.INDEX_FULL
 
-    resized, renamed, result = programs.try_seeds(attempt, first=seed)
+    remembered, resized, renamed, result = programs.try_seeds(attempt, first=seed)
     new_ids, after = np.array(result.new_ids), np.asarray(resized.generations)
     moved = np.flatnonzero((new_ids != np.arange(len(before))) & (new_ids < num_blocks))
     return Resized(
         resized,
+        remembered,
         renamed,
         new_ids,
         np.array(result.sources),

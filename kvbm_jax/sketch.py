@@ -4,6 +4,8 @@ The frequency filter of TinyLFU (Einziger, Friedman, Manes, "TinyLFU: A Highly E
 Transactions on Storage 13(4), 2017): every occurrence of a key adds one to a counter in each of 4 rows, the estimate is
 the least of them, counters stop at 15, and once a sample of 10 N occurrences is complete, all counters and the size of
 the sample are halved, so that old fame fades. Collisions make estimates too high, never too low (short of halving).
+Of the paper's refinements neither the doorkeeper nor the minimal increment is here: counters are those of a plain
+count-min sketch.
 
 Axes: N blocks of the cache, D = 4 rows, C counters a row (a power of two, at least 4 N), M keys of one call, 5 words of
 a key.
@@ -15,7 +17,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
-__all__ = ["FrequencySketch", "add", "estimate", "init"]
+__all__ = ["FrequencySketch", "add", "estimate", "init", "resize"]
 
 _ROWS: Final = 4
 _LIMIT: Final = 15
@@ -35,11 +37,8 @@ class FrequencySketch:
 
 def init(num_blocks: int) -> FrequencySketch:
     """Returns a sketch that has seen nothing, for a cache of `num_blocks` blocks."""
-    width = 16
-    while width < 4 * num_blocks:
-        width *= 2
     return FrequencySketch(
-        counters=jnp.zeros((_ROWS * width,), jnp.uint8),
+        counters=jnp.zeros((_ROWS * _width(num_blocks),), jnp.uint8),
         samples=jnp.uint32(0),
         period=jnp.uint32(_SAMPLE * num_blocks),
     )
@@ -72,9 +71,35 @@ def add(sketch: FrequencySketch, keys: jax.Array, mask: jax.Array) -> FrequencyS
     return FrequencySketch(counters >> halved, samples >> halved.astype(jnp.uint32), sketch.period)
 
 
+def resize(sketch: FrequencySketch, num_blocks: int) -> FrequencySketch:
+    """Returns a sketch of the same keys for a cache of another size.
+
+    Estimates stay what they were where the rows grow; where they shrink, of counters that meet the greatest stays.
+
+    Args:
+      sketch: the sketch.
+      num_blocks: static, of the cache from now on.
+    """
+    rows = sketch.counters.reshape(_ROWS, -1)
+    width, wanted = rows.shape[1], _width(num_blocks)
+    if wanted >= width:
+        rows = jnp.tile(rows, (1, wanted // width))
+    else:
+        rows = jnp.max(rows.reshape(_ROWS, width // wanted, wanted), axis=1)
+    return FrequencySketch(rows.reshape(-1), sketch.samples, jnp.uint32(_SAMPLE * num_blocks))
+
+
 def estimate(sketch: FrequencySketch, keys: jax.Array) -> jax.Array:
     """Returns how often keys u32[..., 5] have been seen lately, u32[...] of at most 15."""
     return jnp.min(sketch.counters[_places(sketch, keys)], axis=-1).astype(jnp.uint32)
+
+
+def _width(num_blocks: int) -> int:
+    """Counters of a row."""
+    width = 16
+    while width < 4 * num_blocks:
+        width *= 2
+    return width
 
 
 def _places(sketch: FrequencySketch, keys: jax.Array) -> jax.Array:

@@ -137,10 +137,8 @@ class OraclePool:
         evicted = self.evict(max(held + len(self.inactive) - num_blocks, 0))
         added = range(num_blocks - 1, self.num_blocks - 1, -1)
         self.reset = [block for block in [*added, *self.reset] if block < num_blocks]
-        moved = {}
-        for block in range(num_blocks, self.num_blocks):
-            if self.refs[block] or block in self.keys:
-                moved[block] = self.reset.pop()
+        kept = [block for block in range(self.num_blocks) if self.refs[block] or block in self.keys]
+        moved = {block: self.reset.pop() for block in kept if block >= num_blocks}
         refs = [0] * num_blocks
         for block, count in enumerate(self.refs):
             if count:
@@ -149,6 +147,7 @@ class OraclePool:
         self.keys = {moved.get(block, block): key for block, key in self.keys.items()}
         self.blocks = {key: block for block, key in self.keys.items()}
         self.inactive = OrderedDict((moved.get(block, block), None) for block in self.inactive)
+        self.policy.resized({block: moved.get(block, block) for block in kept}, num_blocks)
         return moved, evicted
 
     def _hold(self, block: int) -> None:

@@ -138,8 +138,11 @@ def test_a_trace_that_cannot_be_read_is_one_line_and_status_1(capsys, tmp_path):
         (("replay", "t", "--num-blocks", "3", "--limit", "-1"), "--limit"),
         (("replay", "t", "--num-blocks", "3,4"), "several sizes are for --compare"),
         (("replay", "t", "--num-blocks", "3,", "--compare", "lru"), "'' is no integer >= 1"),
-        (("replay", "t", "--num-blocks", "3", "--policy", "fifo"), "'fifo' is no policy; choose from lru, lineage"),
-        (("replay", "t", "--num-blocks", "3", "--compare", "lru,fifo"), "'fifo' is no policy"),
+        (
+            ("replay", "t", "--num-blocks", "3", "--policy", "fifo"),
+            "'fifo' is no eviction policy; choose from lru",
+        ),
+        (("replay", "t", "--num-blocks", "3", "--compare", "lru,fifo"), "'fifo' is no eviction policy"),
         (("replay", "t", "--num-blocks", "3", "--compare", "lru", "--policy", "lru"), "not allowed with"),
         (("replay", "t", "--num-blocks", "3", "--plot", "f.png"), "give --compare too"),
         (("config", "--schema", "--file", "f"), "not allowed with"),

@@ -53,6 +53,7 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "dtype": "float32",
         "hash_algorithm": "xxh3_64",
         "gpu_memory_fraction": 0.5,
+        "eviction_policy": "lineage",
         "enable_offload": True,
         "offload_path": "/data/kv",
         "host_blocks": 9,

@@ -39,7 +39,7 @@ FLOORS = {
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step", "quota_step"],
-    2: ["hashing", "identity", "config", "events", "metrics"],
+    2: ["hashing", "identity", "config", "events", "eviction", "metrics"],
     3: ["offload", "transfer"],
     4: [
         "admission",

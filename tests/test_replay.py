@@ -2,12 +2,14 @@
 
 import gzip
 import os
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
 from oracle import OraclePool
 from policy_oracles import LineageOracle, LruOracle, PriorityOracle, ScoredOracle, TinyLfuOracle
+from shelves import Shelves
 from synthetic import conversations, write
 
 from kvbm_jax import policies, traces
@@ -37,8 +39,11 @@ def as_arrays(requests):
     return [np.array(ids, np.uint64) for ids in requests]
 
 
-def expected(requests, num_blocks, policy="lru"):
-    """Hits, evictions and rejected requests, by the rule in the traces' README."""
+def expected(requests, num_blocks, policy="lru", below=None):
+    """Hits, evictions and rejected requests, by the rule in the traces' README; plays what lies `below`, if anything.
+
+    That counts its own hits, by tier.
+    """
     twin = TWINS[policy](num_blocks)
     pool = OraclePool(num_blocks, twin)
     hits = evictions = rejected = 0
@@ -49,6 +54,10 @@ def expected(requests, num_blocks, policy="lru"):
         hits += len(held)
         granted, (status,), evicted = pool.allocate([len(ids) - len(held)])
         evictions += len(evicted)
+        if below is not None:
+            below.hits.update(below.find(keys[len(held) :]))
+            for _, key in evicted:
+                below.offer(key)
         twin.hit(pool, held)
         told = []
         if status == Status.OK:
@@ -88,6 +97,43 @@ def test_synthetic_conversations(seed, num_blocks):
 def test_synthetic_conversations_by_every_policy(policy):
     result = check(conversations(0, requests=300, longest=26), 60, policy)
     assert result.evictions > 0
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("policy", TWINS)
+def test_tiers_below_a_device_of_every_policy(policy):
+    requests = conversations(0, requests=300, longest=26)  # compiled above but for what tiers ask of the loop
+    below = Shelves({"g2": 40, "g3": 500})
+    below.hits = Counter()
+    hits, evictions, rejected = expected(requests, 60, policy, below)
+    result = replay_requests(as_arrays(requests), 60, host_blocks=40, disk_blocks=500, policy=policy_of(policy))
+    assert (result.evictions, result.rejected) == (evictions, rejected)
+    assert result.hits == {"g1": hits, **below.hits}
+    assert min(result.hits.values()) > 0
+
+
+@pytest.mark.core
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("policy", TWINS)
+def test_blocks_of_16_tokens(policy):
+    """Conversations of 512-token blocks, cut into 16-token ones; the last block of a prompt has some of them."""
+    rng = np.random.default_rng(8)
+    coarse = conversations(8, requests=400, users=12, id_bits=32)
+    requests = [[32 * i + part for i in ids for part in range(32)] for ids in coarse]
+    requests = [ids[: len(ids) - int(rng.integers(0, 32))] for ids in requests]
+    result = check(requests, 4_000, policy)
+    assert result.hits["g1"] > 30_000
+    assert result.evictions > 10_000
+
+
+@pytest.mark.core
+@pytest.mark.long
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("policy", TWINS)
+def test_twenty_synthetic_traces(policy):
+    for seed in range(20):
+        check(conversations(seed, requests=300, longest=26), (40, 60, 90, 140)[seed % 4], policy)
 
 
 @pytest.mark.core

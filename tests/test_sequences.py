@@ -392,9 +392,10 @@ def queue_order(state):
     return queue.ring[entry[np.asarray(lru.live(state.inactive))[entry]]].tolist()
 
 
-def walk(d, rng, steps, *, hybrid=False):
+def walk(d, rng, steps, *, hybrid=False, preempting=False):
     """Drives batch, pool and model by random steps; returns what was seen."""
     contents, registered, seen = {}, dict.fromkeys(range(B), 0), set()
+    preempted = []  # contents and lengths
     for _ in range(steps):
         running = [b for b in range(B) if d.model.tables[0][b]]
         empty = [b for b in range(B) if b not in running]
@@ -403,6 +404,9 @@ def walk(d, rng, steps, *, hybrid=False):
             rows = rng.permutation(empty)[:R].tolist()
             wanted = [rng.integers(0, 2, W + 1).tolist() for _ in rows]
             tokens = [int(rng.integers(1, W * T + 2)) for _ in rows]
+            if preempted:
+                wanted[0], tokens[0] = preempted.pop(0)
+                seen.add("resumed")
             cached, status = d.start(rows, wanted, tokens)
             seen |= {("start", s) for s in status} | {("cached", c > 0) for c in cached}
             contents |= dict(zip(rows, wanted, strict=True))
@@ -416,7 +420,10 @@ def walk(d, rng, steps, *, hybrid=False):
             for row, count in zip(rows, counts, strict=True):
                 registered[row] += count
         elif move == 3 and running and rng.random() < 0.6:
-            d.release(rng.permutation(running)[:R].tolist())
+            leaving = rng.permutation(running)[:R].tolist()
+            if preempting and d.model.lengths[leaving[0]]:
+                preempted.append((contents[leaving[0]], d.model.lengths[leaving[0]]))
+            d.release(leaving)
         elif move == 4 and running and empty:
             rows = rng.permutation(empty)[:R].tolist()
             sources = rng.choice(running, len(rows)).tolist()

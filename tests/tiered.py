@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import jax
 import numpy as np
 import xxhash
+from shelves import Shelves
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax import cache as kv_cache
@@ -111,23 +112,18 @@ class TierModel:
 
     def __init__(self, num_blocks, capacities):
         self.num_blocks = num_blocks
-        self.capacities = capacities  # by tier, the fastest first
-        self.held = {tier: OrderedDict() for tier in (Tier.G1, *capacities)}
+        self.below = Shelves(capacities)
+        self.held = {Tier.G1: OrderedDict(), **self.below.held}
         self.evictions = 0
 
     def serve(self, ids):
         """Returns the hits by tier, in blocks."""
         device = self.held[Tier.G1]
-        hits = dict.fromkeys(self.held, 0)
         resident = 0
         while resident < len(ids) and ids[resident] in device:
             resident += 1
-        hits[Tier.G1] = resident
-        for key in ids[resident:]:
-            tier = next((tier for tier in self.capacities if key in self.held[tier]), None)
-            if tier is None:
-                break
-            self.held[tier].move_to_end(key)
+        hits = dict.fromkeys(self.held, 0) | {Tier.G1: resident}
+        for tier in self.below.find(ids[resident:]):
             hits[tier] += 1
         held = set(ids[:resident])
         needed = len(ids) + 1 - resident
@@ -136,25 +132,11 @@ class TierModel:
             victim = next(key for key in device if key not in held)
             del device[victim]
             self.evictions += 1
-            self._offer(victim, list(self.capacities))
+            self.below.offer(victim)
         device.update(dict.fromkeys(ids))
         for key in reversed(ids):
             device.move_to_end(key)
         return hits
-
-    def _offer(self, key, tiers):
-        if not tiers:
-            return
-        tier, *below = tiers
-        if self.capacities[tier] == 0:
-            self._offer(key, below)
-            return
-        shelf = self.held[tier]
-        present = key in shelf
-        shelf[key] = None
-        shelf.move_to_end(key)
-        if not present and len(shelf) > self.capacities[tier]:
-            self._offer(shelf.popitem(last=False)[0], below)
 
 
 class View:

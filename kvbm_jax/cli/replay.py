@@ -5,10 +5,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbm_jax import policies
+from kvbm_jax import eviction, policies
 from kvbm_jax.cli import plot
 from kvbm_jax.cli.arguments import at_least, listed
 from kvbm_jax.cli.report import Report, progress, table
+from kvbm_jax.errors import ConfigError
 
 if TYPE_CHECKING:
     from kvbm_jax.replay import ComparedReplay
@@ -37,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--policy",
         type=_policy,
         metavar="NAME",
-        help=f"which blocks the pool evicts first: {names} (default lru)",
+        help=f"which blocks the pool evicts first: {names} (default lru), or one that a package offers",
     )
     chosen.add_argument(
         "--compare", type=listed(_policy), metavar="NAME,...", help="replay once for each of these policies and sizes"
@@ -132,9 +133,10 @@ def _grid(rows: Sequence["ComparedReplay"]) -> str:
 
 
 def _policy(text: str) -> str:
-    if text not in policies.NAMES:
-        raise argparse.ArgumentTypeError(f"{text!r} is no policy; choose from {', '.join(policies.NAMES)}")
-    return text
+    try:
+        return eviction.check_name(text)
+    except ConfigError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 def _number(name: str, value: object) -> str:
