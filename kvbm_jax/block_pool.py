@@ -98,8 +98,6 @@ class BlockPool:
           OutOfBlocksError: if blocks are lacking; nothing is held then.
           SequenceTooLongError: if it does not fit a table.
         """
-        # A start that fails releases the prefix it had found.
-        self._make_room(num_hashes)
         padded, _ = self._pad_hashes(hashes[:num_hashes])
         result = self._start(row, padded, num_hashes, num_tokens)
         self.require(np.asarray(result.status)[0], blocks=-(-num_tokens // self.sequences.block_size))
@@ -251,7 +249,7 @@ class BlockPool:
         Raises:
           BlockStateError: if a completed block is refused.
         """
-        self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])) + len(complete))
+        self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])))
         nobody = self.max_sequences
         rows, places = np.array(complete, np.int32).reshape(-1, 2).T
         padded = np.zeros((round_up(len(complete), _STEP), 4), np.uint32)
