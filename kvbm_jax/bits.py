@@ -5,7 +5,7 @@ from typing import Final
 import jax
 import jax.numpy as jnp
 
-__all__ = ["WORD", "ranks", "select_bit"]
+__all__ = ["WORD", "last_of", "ranks", "select_bit"]
 
 WORD: Final = 32
 """Bits of a word."""
@@ -26,6 +26,11 @@ def ranks(first: jax.Array, second: jax.Array) -> tuple[jax.Array, jax.Array]:
         return jnp.cumsum(first, dtype=jnp.int32), jnp.cumsum(second, dtype=jnp.int32)
     both = jnp.cumsum(first.astype(jnp.int32) + (second.astype(jnp.int32) << half), dtype=jnp.int32)
     return both & ((1 << half) - 1), both >> half
+
+
+def last_of(rank: jax.Array) -> jax.Array:
+    """The last of running counts i32[M], which is how many there are: i32[], 0 if M is 0."""
+    return rank[-1] if rank.size else jnp.int32(0)
 
 
 def select_bit(words: jax.Array, rank: jax.Array) -> jax.Array:

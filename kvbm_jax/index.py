@@ -104,7 +104,8 @@ def insert(index: BlockIndex, keys: jax.Array, blocks: jax.Array, mask: jax.Arra
     """
     num_blocks, num_sets = index.ways.shape[0], index.table.shape[0]
     count, nowhere = blocks.shape[0], _nowhere(index.table)
-    words = tuple(fence(keys).T)
+    keys = fence(keys)
+    words = tuple(keys.T)
     probe = _probe(index, words)
     found = _find(index, words, probe)
     index, probe, found = fence((index, probe, found))
@@ -150,8 +151,7 @@ class _Probe(NamedTuple):
 def _probe(index: BlockIndex, words: Sequence[jax.Array]) -> _Probe:
     """Looks up the sets of keys, whose words are u32[M] each, or u32[] where all have the same."""
     # Without barriers XLA computes the mix anew for every word of a row that it reads.
-    set_a, set_b, fingerprints = fence(_mix(words, index.seed, index.table.shape[0]))
-    sets = jnp.stack([set_a, set_b])
+    sets, fingerprints = fence(_mix(words, index.seed, index.table.shape[0]))
     return _Probe(sets, fingerprints, fence(index.table[sets]))
 
 
@@ -345,8 +345,8 @@ def _bound(mean: float, count: int) -> int:
     return min(few, count)
 
 
-def _mix(words: Sequence[jax.Array], seed: jax.Array, num_sets: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Two sets i32[M] and a fingerprint i32[M] of keys, whose words are u32[M] each, or u32[] where all have the same.
+def _mix(words: Sequence[jax.Array], seed: jax.Array, num_sets: int) -> tuple[jax.Array, jax.Array]:
+    """Two sets i32[2, M] and a fingerprint i32[M] of keys of the words u32[M], or u32[] where all keys have the same.
 
     Two multilinear hashes, whose multipliers come from the seed, each finalised.
     """
@@ -358,12 +358,8 @@ def _mix(words: Sequence[jax.Array], seed: jax.Array, num_sets: int) -> tuple[ja
 
     first, second = fence((multilinear(0), multilinear(KEY_WORDS)))
     fingerprint = _finalise(first + (second << 16 | second >> 16))
-    low = jnp.uint32(num_sets - 1)
-    return (
-        (first & low).astype(jnp.int32),
-        (second & low).astype(jnp.int32),
-        jax.lax.bitcast_convert_type(fingerprint, jnp.int32),
-    )
+    sets = jnp.stack([first, second]) & jnp.uint32(num_sets - 1)
+    return sets.astype(jnp.int32), jax.lax.bitcast_convert_type(fingerprint, jnp.int32)
 
 
 def _finalise(h: jax.Array) -> jax.Array:

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from kvbm_jax import selection
-from kvbm_jax.bits import WORD, select_bit
+from kvbm_jax.bits import WORD, last_of, select_bit
 from kvbm_jax.ordering import fence
 from kvbm_jax.padding import CLIP, DROP, FILL
 
@@ -32,6 +32,7 @@ __all__ = [
     "LruQueue",
     "Marks",
     "compact",
+    "first_occurrence",
     "init",
     "last_occurrence",
     "live",
@@ -106,13 +107,21 @@ def last_occurrence(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> tupl
     Returns:
       The queue with scratched positions, and bool[M].
     """
-    num_blocks = queue.positions.shape[0]
-    index = jnp.where(mask, blocks, num_blocks)
-    order = jnp.arange(1, blocks.shape[0] + 1, dtype=jnp.uint32)
+    return _greatest(queue, blocks, mask, jnp.arange(1, blocks.shape[0] + 1, dtype=jnp.uint32))
+
+
+def first_occurrence(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> tuple[LruQueue, jax.Array]:
+    """Marks the first occurrence of each block, and is otherwise like `last_occurrence`."""
+    return _greatest(queue, blocks, mask, jnp.arange(blocks.shape[0], 0, -1, dtype=jnp.uint32))
+
+
+def _greatest(queue: LruQueue, blocks: jax.Array, mask: jax.Array, order: jax.Array) -> tuple[LruQueue, jax.Array]:
+    """Marks the masked occurrence of each block that has the greatest number of distinct positive u32[M]."""
+    index = jnp.where(mask, blocks, queue.positions.shape[0])
     positions = queue.positions.at[index].set(0, **DROP).at[index].max(order, **DROP)
-    last = mask & (positions.at[index].get(**FILL, fill_value=0) == order)
-    positions, last = fence((positions, last))
-    return replace(queue, positions=positions), last
+    found = mask & (positions.at[index].get(**FILL, fill_value=0) == order)
+    positions, found = fence((positions, found))
+    return replace(queue, positions=positions), found
 
 
 def push(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
@@ -213,7 +222,7 @@ def settle(
       gone: bool[L], of `marks.once`, which to take out; the others stay where they are.
     """
     num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
-    total = jnp.sum(pushed, dtype=jnp.int32)
+    total = last_of(rank)
     target = queue.tail + (rank - 1).astype(jnp.uint32)
     mask = jnp.uint32(capacity - 1)
     entry = jnp.where(pushed, (target & mask).astype(jnp.int32), capacity)

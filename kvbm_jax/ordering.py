@@ -14,6 +14,11 @@ __all__ = ["fence"]
 
 
 def fence[T](values: T) -> T:
-    """Returns the pytree unchanged, with all of it computed before anything that uses the result."""
+    """Returns the pytree unchanged, with all of it computed before anything that uses the result.
+
+    Scalars pass by: they are never written in place, and a barrier would copy each.
+    """
     barrier: Any = jax.lax.optimization_barrier
-    return cast("T", barrier(values))
+    leaves, tree = jax.tree.flatten(values)
+    arrays = iter(barrier([leaf for leaf in leaves if leaf.ndim]))
+    return cast("T", jax.tree.unflatten(tree, [next(arrays) if leaf.ndim else leaf for leaf in leaves]))

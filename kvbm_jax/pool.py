@@ -36,7 +36,7 @@ import jax.numpy as jnp
 
 from kvbm_jax import index as block_index
 from kvbm_jax import lru
-from kvbm_jax.bits import ranks
+from kvbm_jax.bits import last_of, ranks
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.ordering import fence
 from kvbm_jax.padding import CLIP, DROP, FILL
@@ -322,8 +322,8 @@ def exchange(state: PoolState, dropped: jax.Array, prefixes: jax.Array) -> tuple
     left = refs.at[dropped].get(**FILL, fill_value=1)
     refs, left = fence((refs, left))
     queue, marks = lru.mark(state.inactive, dropped, taken, idle)
-    freed = jnp.sum(marks.last & (left == 0), dtype=jnp.int32) - jnp.sum(marks.once, dtype=jnp.int32)
-    available = state.num_reset + queue.size + freed
+    change = jnp.concatenate([(marks.last & (left == 0)).astype(jnp.int32), -marks.once.astype(jnp.int32)])
+    available = state.num_reset + queue.size + jnp.sum(change, dtype=jnp.int32)
     return replace(state, ref_counts=refs, inactive=queue), Exchange(dropped, prefixes, registered, available, marks)
 
 
@@ -441,8 +441,8 @@ def enter(state: PoolState, blocks: jax.Array, keys: jax.Array) -> tuple[PoolSta
     before = held & block_index.is_registered(state.index, blocks)
 
     # A block named twice counts once, where it is named first.
-    inactive, once = lru.last_occurrence(state.inactive, blocks[::-1], (held & ~before)[::-1])
-    state, once = replace(state, inactive=inactive), once[::-1]
+    inactive, once = lru.first_occurrence(state.inactive, blocks, held & ~before)
+    state = replace(state, inactive=inactive)
     # All reads of the index come before its first write; without the barrier XLA copies it.
     index, before, once = fence((state.index, before, once))
     index, owner = block_index.insert(index, keys, blocks, once)
@@ -633,7 +633,7 @@ def _push_reset(state: PoolState, blocks: jax.Array, mask: jax.Array, rank: jax.
     return replace(
         state,
         reset_stack=state.reset_stack.at[target].set(blocks, **DROP),
-        num_reset=state.num_reset + jnp.sum(mask, dtype=jnp.int32),
+        num_reset=state.num_reset + last_of(rank),
     )
 
 

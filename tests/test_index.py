@@ -176,7 +176,7 @@ def colliding_keys(count, seed=0):
     """Keys of group 0 whose two sets are both among the first two of 16, found by brute force."""
     keys = random_keys(200 * count, 11)
     keys[:, 4] = 0
-    first, second, _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(seed), 16)
+    (first, second), _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(seed), 16)
     return keys[(np.asarray(first) < 2) & (np.asarray(second) < 2)][:count]
 
 
@@ -194,7 +194,7 @@ def test_two_full_sets_refuse_the_next_key_and_stay_exact(width):
     # A refused key gets in once a way of its sets is free.
     victim = int(np.flatnonzero(placed)[0])
     index = verbs()["delete"](index, jnp.array([victim], jnp.int32))
-    first, second, _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(0), 16)
+    (first, second), _ = block_index._mix(jnp.asarray(keys).T, jnp.uint32(0), 16)
     freed = int(np.flatnonzero((np.asarray(index.table)[:2, :, 0] == N).any(axis=1))[0])
     late = np.flatnonzero(~placed & ((np.asarray(first) == freed) | (np.asarray(second) == freed)))[:1]
     index, owners = insert_all(index, keys[late], late)
@@ -244,8 +244,8 @@ def test_equal_fingerprints_never_share_a_set(monkeypatch, kinds):
     strong = block_index._mix
 
     def weak(words, seed, num_sets):
-        first, second, fingerprint = strong(words, seed, num_sets)
-        return first, second, jnp.abs(fingerprint) % kinds
+        sets, fingerprint = strong(words, seed, num_sets)
+        return sets, jnp.abs(fingerprint) % kinds
 
     monkeypatch.setattr(block_index, "_mix", weak)
     # Partials, for a jit of the functions themselves may remember a trace with the strong mix.
