@@ -64,7 +64,7 @@ class Admission:
         loaded = None
         if resident < reusable and self._device.residency.has_tiers:
             # Read before blocks are allocated: what that evicts may push the hits out of the tier they are in.
-            self._device.pool.require_room(-(-count // size) - resident)
+            self._device.pool.require_room(-(-count // size) - resident, seq.tenant)
             loaded = self._device.residency.load(hashes[resident:reusable])
         return Prepared(seq, row, reusable, loaded)
 
@@ -73,7 +73,7 @@ class Admission:
         seq = prepared.seq
         self._roster.enter(seq, prepared.row)
         try:
-            seq.num_cached = self._device.start(seq.row, seq.hashes, prepared.reusable, len(seq.tokens))
+            seq.num_cached = self._device.start(seq.row, seq.hashes, prepared.reusable, len(seq.tokens), seq.tenant)
         except Exception:  # out of blocks, or what an event sink raises: the row is free again
             self._roster.leave(seq)
             raise

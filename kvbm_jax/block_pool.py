@@ -10,24 +10,24 @@ leaves this module is copied, since a living view of donated state would turn th
 """
 
 from collections import abc
-from typing import Any, Final
+from typing import Any, cast
 
 import jax
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import eviction, grants, pool, programs, sequences
-from kvbm_jax import step as step_verb
 from kvbm_jax.errors import BlockStateError, ConfigError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.outcomes import BlockCounts, EvictedBlocks, Registered, Started, Stepped, Unshared
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, as_policy
 from kvbm_jax.programs import pad, round_up
+from kvbm_jax.quota_policy import Charged
 from kvbm_jax.resize_plan import Resized, plan_resize
+from kvbm_jax.tenancy import Prompt, Tenancy
+from kvbm_jax.tenants import TenantBlocks, TenantQuotas
 from kvbm_jax.types import Status
 
 __all__ = ["BlockPool"]
-
-_STEP: Final = 8  # the least padded size of what a step names
 
 
 class BlockPool:
@@ -38,6 +38,7 @@ class BlockPool:
       block_size: tokens of a block.
       max_sequences: rows.
       max_blocks: blocks of a table.
+      quotas: limits of tenants, see `kvbm_jax.quotas`; None for none.
       eviction_policy: which cached block is evicted first: the name of a policy (`kvbm_jax.eviction`), a policy
         (`kvbm_jax.policies`), or a function from a `policies.BlockView` to scores, of which the lowest goes first.
 
@@ -54,8 +55,11 @@ class BlockPool:
         max_sequences: int,
         max_blocks: int,
         eviction_policy: str | EvictionPolicy | ScoreFunction = "lru",
+        quotas: TenantQuotas | None = None,
     ) -> None:
         policy = eviction.find(eviction_policy) if isinstance(eviction_policy, str) else as_policy(eviction_policy)
+        self._tenancy = Tenancy(quotas, policy, max_sequences) if quotas else None
+        policy = policy if self._tenancy is None else self._tenancy.policy
         self._verbs = programs.of_policy(policy)
         self._device = programs.cpu_device()
         with jax.default_device(self._device):
@@ -91,56 +95,75 @@ class BlockPool:
         padded, count = self._pad_hashes(hashes)
         return int(np.asarray(programs.match(self._pool, padded[None], count[None]).num_blocks)[0])
 
-    def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> Started:
+    def start(
+        self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int, tenant: str = ""
+    ) -> Started:
         """Gives a sequence of `num_tokens` its blocks; the first `num_hashes` hashes may be found cached.
 
         Raises:
+          QuotaExceededError: if its tenant would hold too many; nothing is held then.
           OutOfBlocksError: if blocks are lacking; nothing is held then.
           SequenceTooLongError: if it does not fit a table.
         """
         padded, _ = self._pad_hashes(hashes[:num_hashes])
-        result = self._start(row, padded, num_hashes, num_tokens)
+        result = self._start(Prompt(row, tenant, padded, num_hashes, num_tokens))
         self.require(np.asarray(result.status)[0], blocks=-(-num_tokens // self.sequences.block_size))
         return Started(int(np.asarray(result.num_cached)[0]), EvictedBlocks.of(result.evicted))
 
-    def _start(self, row: int, padded: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> sequences.StartResult:
+    def _start(self, prompt: Prompt) -> sequences.StartResult:
+        if self._tenancy is not None:
+            self._memory = self._tenancy.ask_to_start(self._memory, self._pool, self.sequences, prompt)
         result: sequences.StartResult
         self._memory, self._pool, self.sequences, result = self._verbs.start(
             self._memory,
             self._pool,
             self.sequences,
-            np.array([row], np.int32),
-            padded[None],
-            np.array([num_hashes], np.int32),
-            np.array([num_tokens], np.int32),
+            np.array([prompt.row], np.int32),
+            prompt.hashes[None],
+            np.array([prompt.num_hashes], np.int32),
+            np.array([prompt.num_tokens], np.int32),
         )
+        self._settle()
         return result
 
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
         """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
         bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
+        refused = self._ask_to_grow(dict(enumerate(num_tokens.tolist())))
+        if refused:
+            num_tokens = num_tokens.copy()
+            num_tokens[refused] = 0
         self._pool, self.sequences, result = self._verbs.extend(
             self._memory, self._pool, self.sequences, num_tokens, max_blocks=bound
         )
-        return np.array(result.status), EvictedBlocks.of(result.evicted)
+        self._settle()
+        status = np.array(result.status)
+        status[refused] = Status.QUOTA_EXCEEDED
+        return status, EvictedBlocks.of(result.evicted)
 
     def fork(self, source: int, row: int) -> None:
         """Begins a copy of the sequence of row `source`, in the empty row `row`; all blocks are shared."""
         self._pool, self.sequences, status = programs.fork(
             self._pool, self.sequences, np.array([source], np.int32), np.array([row], np.int32)
         )
+        if self._tenancy is not None:
+            self._memory = self._tenancy.follow(self._memory, source, row)
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def unshare(self, rows: list[int]) -> Unshared:
         """Gives rows a tail of their own where the next token would go into a block that is shared.
 
         Raises:
+          QuotaExceededError: if a tenant would hold too many; no row has its own then.
           OutOfBlocksError: if blocks are lacking; some rows may have theirs.
         """
+        if self._tenancy is not None:
+            self._require_admitted(self._tenancy.tails(self._pool, self.sequences, rows))
         self._make_room(len(rows))
         mask = np.zeros((self.max_sequences,), np.bool_)
         mask[rows] = True
         self._pool, self.sequences, result = self._verbs.unshare(self._memory, self._pool, self.sequences, mask)
+        self._settle()
         copied = Unshared(
             np.asarray(result.sources)[:, 0].copy(),
             np.asarray(result.targets)[:, 0].copy(),
@@ -158,16 +181,23 @@ class BlockPool:
         lengths[row] = length
         bound = 1 << (max(surplus, 1) - 1).bit_length()
         self._pool, self.sequences, status = programs.trim(self._pool, self.sequences, lengths, max_blocks=bound)
+        self._settle()
         self.require(np.asarray(status)[row], blocks=surplus)
 
-    def reserve(self, count: int, max_blocks: int | None = None) -> tuple[grants.Grant, EvictedBlocks]:
-        """Sets blocks aside for a compiled loop, padded to `max_blocks`, or to one of a few sizes.
+    def reserve(
+        self, growth: abc.Mapping[int, int], max_blocks: int | None = None
+    ) -> tuple[grants.Grant, EvictedBlocks]:
+        """Sets blocks aside for rows in a compiled loop, padded to `max_blocks`, or to one of a few sizes.
 
         Raises:
+          QuotaExceededError: if a tenant would hold too many; none is set aside then.
           OutOfBlocksError: if there are not as many.
         """
+        count = sum(growth.values())
+        self._require_admitted(growth)
         bound = round_up(count) if max_blocks is None else max_blocks
         self._pool, result = self._verbs.reserve(self._memory, self._pool, np.int32(count), max_blocks=bound)
+        self._charge(np.asarray(result.grant.block_ids)[:count], growth)
         self.require(result.status, blocks=count)
         return result.grant, EvictedBlocks.of(result.evicted)
 
@@ -184,6 +214,7 @@ class BlockPool:
         self.sequences = programs.adopt_rows(self.sequences, jax.device_put(running, self._device), mask)
         taken = np.isin(block_ids, np.asarray(self.sequences.block_tables)[:, mask])
         left = block_ids[~taken]
+        self._settle()
         self._pool, status = programs.free(self._pool, self._pad_blocks(left))
         self.require(np.asarray(status)[0], blocks=len(left))
 
@@ -219,12 +250,14 @@ class BlockPool:
             np.array([count], np.int32),
             self._verbs.priorities([priority], 1),
         )
+        self._settle()
         return result
 
     def release(self, row: int) -> None:
         """Ends the sequence of a row."""
         self._make_room(self.num_blocks(row))
         self._pool, self.sequences, status = programs.release(self._pool, self.sequences, np.array([row], np.int32))
+        self._settle()
         self.require(np.asarray(status)[0], blocks=self.max_blocks)
 
     def step(
@@ -250,37 +283,25 @@ class BlockPool:
           BlockStateError: if a completed block is refused.
         """
         self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])))
-        nobody = self.max_sequences
-        rows, places = np.array(complete, np.int32).reshape(-1, 2).T
-        padded = np.zeros((round_up(len(complete), _STEP), 4), np.uint32)
-        padded[: len(hashes)] = hashes
-        # No row starts: a prefix may have to come up from the tiers first.
-        fields: dict[str, Any] = {
-            "ending": pad(ending, nobody, _STEP),
-            "starting": np.full((1,), nobody, np.int32),
-            "hashes": np.zeros((1, 1, 4), np.uint32),
-            "num_hashes": np.zeros((1,), np.int32),
-            "num_tokens": np.zeros((1,), np.int32),
-            "growing": pad(list(growing), nobody, _STEP),
-            "new_tokens": pad(list(growing.values()), 0, _STEP),
-            "complete_rows": pad(rows, nobody, _STEP),
-            "complete_places": pad(places, 0, _STEP),
-            "complete_hashes": padded,
-        }
-        plan = step_verb.StepPlan(**fields)
+        refused = self._ask_to_grow(growing, ending)
+        growing, asked = {row: n for row, n in growing.items() if row not in refused}, growing
+        plan = programs.step_plan(ending, growing, complete, hashes, nobody=self.max_sequences)
         told = self._verbs.priorities(priorities, len(plan.complete_rows))
         bound = 1 << max(max_blocks - 1, 0).bit_length()
         self._memory, self._pool, self.sequences, result = self._verbs.step(
             self._memory, self._pool, self.sequences, plan, told, max_blocks=bound
         )
-        status = np.asarray(result.register_status)[0, : len(complete)]
+        self._settle()
+        grown = dict(zip(growing, np.asarray(result.grow_status).tolist(), strict=False))
+        named = len(complete)
+        status = np.asarray(result.register_status)[0, :named]
         done = status != Status.INDEX_FULL
         for code in status[done]:
             self.require(code, blocks=len(complete))
         return Stepped(
-            np.array(result.grow_status)[: len(growing)],
-            np.asarray(self.sequences.block_tables)[0, rows, places],
-            np.array(result.registered)[0, : len(complete)],
+            np.array([grown.get(row, Status.QUOTA_EXCEEDED) for row in asked], np.int32),
+            np.asarray(self.sequences.block_tables)[0, plan.complete_rows[:named], plan.complete_places[:named]],
+            np.array(result.registered)[0, :named],
             done,
             EvictedBlocks.of(result.evicted),
         )
@@ -329,6 +350,7 @@ class BlockPool:
         )
         self.require(np.asarray(result.status)[0], blocks=count)
         block_ids = np.asarray(result.block_ids)[0, :count].copy()
+        self._charge(block_ids, {})
         return block_ids, np.asarray(self._pool.generations)[block_ids], EvictedBlocks.of(result.evicted)
 
     def is_current(self, block_ids: NDArray[np.int32], generations: NDArray[np.uint32]) -> bool:
@@ -421,23 +443,42 @@ class BlockPool:
             memory = self._verbs.policy.init(state.num_blocks)
         self._take(memory, state, running)
 
+    @property
+    def account(self) -> Charged | None:
+        """What is charged to tenants; None without quotas."""
+        return None if self._tenancy is None else cast("Charged", self._memory)
+
+    def inherit(self, account: Charged | None, sources: NDArray[np.int32]) -> None:
+        """Takes over the tenants of another pool of the same quotas: of its rows, and of i32[N] blocks of it."""
+        if self._tenancy is not None and account is not None:
+            self._memory = self._tenancy.inherit(self._memory, account, sources)
+            self._settle()
+
     def _take(self, memory: Any, state: pool.PoolState, running: sequences.SequenceBatch) -> None:
         # Committed to the device from the start: a program compiled for uncommitted state would be compiled twice.
         self._memory, self._pool, self.sequences = jax.device_put((memory, state, running), self._device)
         self._room = int(pool.release_room(state))
         self._seed = int(state.index.seed)
 
-    def require_room(self, blocks: int) -> None:
+    def tenant_blocks(self) -> dict[str, TenantBlocks]:
+        """Returns what each tenant has that has a limit."""
+        return {} if self._tenancy is None else self._tenancy.blocks(self._memory, self._pool)
+
+    def require_room(self, blocks: int, tenant: str = "") -> None:
         """Raises `OutOfBlocksError` if there are surely not as many blocks to be had."""
+        if self._tenancy is not None:
+            self._tenancy.require_room(self._memory, self._pool, tenant, blocks)
         counts = self.stats()
         if blocks > counts.reset + counts.inactive:
             self.require(np.int32(Status.OUT_OF_BLOCKS), blocks=blocks)
 
-    def require(self, status: jax.Array | np.generic | int, *, blocks: int) -> None:
-        """Raises the error that a status stands for, if any; `blocks` is what was asked, for the message."""
+    def require(self, status: jax.Array | np.generic | int, *, blocks: int, row: int = -1) -> None:
+        """Raises the error that a status stands for, if any; `blocks` is what was asked, by `row`, for the message."""
         code = Status(int(status))
         if code is Status.OK:
             return
+        if code is Status.QUOTA_EXCEEDED and self._tenancy is not None:
+            raise self._tenancy.refusal(self._memory, self._pool, row, blocks)
         counts = self.stats()
         if code is Status.OUT_OF_BLOCKS:
             raise OutOfBlocksError(
@@ -459,11 +500,33 @@ class BlockPool:
         for size in sorted(sizes):
             padded = np.zeros((size, 4), np.uint32)
             self.match(padded)
-            self._start(nobody, padded, 0, 0)
+            self._start(Prompt(nobody, "", padded, 0, 0))
             self._register(nobody, padded, 0, 0)
         self._pool, self.sequences, _ = programs.release(self._pool, self.sequences, np.array([nobody], np.int32))
         self.step([], {}, [], np.zeros((0, 4), np.uint32), 0)
         self._memory = jax.device_put(memory, self._device)
+
+    def _ask_to_grow(self, growth: abc.Mapping[int, int], ending: abc.Sequence[int] = ()) -> list[int]:
+        """Asks for blocks for new tokens of rows; returns the rows whose tenants may not have them."""
+        if self._tenancy is None:
+            return []
+        self._memory, refused = self._tenancy.ask_to_grow(self._memory, self._pool, self.sequences, growth, ending)
+        return refused
+
+    def _require_admitted(self, wanted: abc.Mapping[int, int]) -> None:
+        """Raises `QuotaExceededError` if a row's tenant may not have so many blocks."""
+        if self._tenancy is not None:
+            self._memory = self._tenancy.require(self._memory, self._pool, self.sequences, wanted)
+
+    def _charge(self, block_ids: NDArray[np.int32], growth: abc.Mapping[int, int]) -> None:
+        """Charges blocks that no table holds to the tenants of rows, so many for each in this order, or to nobody."""
+        if self._tenancy is not None:
+            self._memory = self._tenancy.charge(self._memory, block_ids, growth)
+
+    def _settle(self) -> None:
+        """Charges what the tables hold."""
+        if self._tenancy is not None:
+            self._memory = self._tenancy.settle(self._memory, self.sequences)
 
     def _rehash(self) -> None:
         def attempt(seed: np.uint32) -> tuple[pool.PoolState, bool]:

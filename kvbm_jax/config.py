@@ -9,6 +9,7 @@ a manager; it allocates nothing, and does not ask whether a device or a transpor
     block_size = 32    KVBM_BLOCK_SIZE=32        KvBlockManagerConfig.load(block_size=32)
 """
 
+import contextlib
 import dataclasses
 import difflib
 import enum
@@ -27,6 +28,7 @@ import numpy as np
 from kvbm_jax import eviction
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.hashing import HashAlgorithm
+from kvbm_jax.tenants import TenantQuotas
 
 __all__ = ["CacheDtype", "EventTransport", "KvBlockManagerConfig"]
 
@@ -114,6 +116,10 @@ class KvBlockManagerConfig:
         str,
         _Says("which cached block goes first: lru, lineage, priority, tiny_lfu, or one that a package offers"),
     ] = "lru"
+    quotas: Annotated[
+        TenantQuotas | None,
+        _Says("limits of tenants: blocks that each may hold, or its part of the device's blocks; * is all others"),
+    ] = None
     events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
     worker_id: Annotated[
@@ -190,12 +196,15 @@ class KvBlockManagerConfig:
             values[name] = _check(name, _key(name, "arguments"), value, "argument")
         return cls(**values)
 
-    def as_dict(self) -> dict[str, bool | int | float | str | None]:
+    def as_dict(self) -> dict[str, Any]:
         """Returns the values by key, fit for JSON and, unset ones left out, for a TOML file."""
-        return {
-            name: str(value) if isinstance(value, str | pathlib.Path) else value
-            for name, value in ((name, getattr(self, name)) for name in _keys())
-        }
+
+        def plain(value: Any) -> Any:
+            if isinstance(value, TenantQuotas):
+                return dict(value)
+            return str(value) if isinstance(value, str | pathlib.Path) else value
+
+        return {name: plain(getattr(self, name)) for name in _keys()}
 
     @staticmethod
     def json_schema() -> dict[str, Any]:
@@ -213,7 +222,7 @@ class KvBlockManagerConfig:
 class _Key:
     """One key: its type, and what is said beside it."""
 
-    kind: type  # bool, int, float, str, pathlib.Path or a StrEnum
+    kind: type  # bool, int, float, str, pathlib.Path, a StrEnum or TenantQuotas
     optional: bool
     says: _Says
     default: object  # dataclasses.MISSING where it depends on the user
@@ -226,7 +235,13 @@ class _Key:
         """Names the allowed values in words."""
         if choices := self.choices():
             return "one of " + ", ".join(choices)
-        names = {bool: "true, false, 1 or 0", int: "an integer", float: "a number", str: "a string"}
+        names = {
+            bool: "true, false, 1 or 0",
+            int: "an integer",
+            float: "a number",
+            str: "a string",
+            TenantQuotas: "a table from tenants to blocks (an integer >= 0) or parts of the pool (> 0 and <= 1)",
+        }
         limits = ((">", self.says.above), (">=", self.says.low), ("<=", self.says.high))
         bounds = [f"{sign} {limit:,}" for sign, limit in limits if limit is not None]
         return " ".join([names.get(self.kind, "a path"), " and ".join(bounds)]).strip()
@@ -283,7 +298,7 @@ def _from_env(env: Mapping[str, str]) -> dict[str, Any]:
     return values
 
 
-def _parse(name: str, key: _Key, text: str, source: str) -> bool | int | float | str:
+def _parse(name: str, key: _Key, text: str, source: str) -> Any:
     """Reads a value from text, the one place that does. Text that is not wholly a value is an error."""
     if key.kind is bool and text.lower() in _BOOLEANS:
         return _BOOLEANS[text.lower()]
@@ -291,7 +306,13 @@ def _parse(name: str, key: _Key, text: str, source: str) -> bool | int | float |
         return int(text)
     if key.kind is float and _NUMBER.fullmatch(text):
         return float(text)
-    if key.kind not in {bool, int, float} and text:
+    if key.kind is TenantQuotas:
+        # As in a file: {acme = 0.5, globex = 2000}.
+        with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
+            table = tomllib.loads(f"{name} = {text}")
+            if table.keys() == {name}:
+                return table[name]
+    elif key.kind not in {bool, int, float} and text:
         return text
     raise _refusal(name, key, text, source)
 
@@ -307,6 +328,8 @@ def _check(name: str, key: _Key, value: Any, source: str) -> Any:
         typed = value if key.kind is bool and isinstance(value, bool) else None
     elif key.kind is float:
         typed = value if isinstance(value, int | float) else None
+    elif key.kind is TenantQuotas:
+        typed = TenantQuotas.of(value) if isinstance(value, Mapping) else None
     elif key.kind is pathlib.Path:
         typed = pathlib.Path(value) if isinstance(value, str | os.PathLike) and os.fspath(value) else None
     elif issubclass(key.kind, enum.StrEnum):
@@ -323,8 +346,12 @@ def _refusal(name: str, key: _Key, value: object, source: str) -> ConfigError:
 
 
 def _property(key: _Key) -> dict[str, Any]:
-    kind = {bool: "boolean", int: "integer", float: "number"}.get(key.kind, "string")
+    kinds = {bool: "boolean", int: "integer", float: "number", TenantQuotas: "object"}
+    kind = kinds.get(key.kind, "string")
     schema: dict[str, Any] = {"description": key.says.help, "type": kind}
+    if key.kind is TenantQuotas:
+        parts = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
+        schema["additionalProperties"] = {"anyOf": [{"type": "integer", "minimum": 0}, parts]}
     if choices := key.choices():
         schema["enum"] = [str(choice) for choice in choices]
     limits = {"minimum": key.says.low, "maximum": key.says.high, "exclusiveMinimum": key.says.above}

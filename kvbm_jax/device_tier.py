@@ -5,6 +5,7 @@ tiers below, and only then may a program write. The manager above knows tokens a
 """
 
 import functools
+from collections.abc import Mapping
 from dataclasses import replace
 
 import jax
@@ -26,6 +27,7 @@ from kvbm_jax.protocols import Clock, MetricsSink, Tier
 from kvbm_jax.reblock import ReblockPlan, Running, build_pool, plan_reblock
 from kvbm_jax.residency import Residency
 from kvbm_jax.resize_plan import Resized
+from kvbm_jax.tenants import TenantQuotas
 
 __all__ = ["DeviceTier"]
 
@@ -38,6 +40,7 @@ class DeviceTier:
       max_sequences: rows of the sequence batch.
       max_sequence_tokens: which a table has room for; None = the whole pool.
       eviction_policy: of the pool, see `BlockPool`.
+      quotas: of tenants, see `BlockPool`.
       residency: where evictions and registrations are told.
       metrics: takes the device's gauges and the time of allocations.
       clock: for durations.
@@ -53,6 +56,7 @@ class DeviceTier:
         max_sequences: int,
         max_sequence_tokens: int | None,
         eviction_policy: str | EvictionPolicy | ScoreFunction,
+        quotas: TenantQuotas | None,
         residency: Residency,
         metrics: MetricsSink,
         clock: Clock,
@@ -60,6 +64,7 @@ class DeviceTier:
         self._max_sequences = max_sequences
         self._max_sequence_tokens = max_sequence_tokens
         self._eviction_policy = eviction_policy
+        self._quotas = quotas
         self._metrics = metrics
         self._clock = clock
         self.residency = residency
@@ -85,10 +90,10 @@ class DeviceTier:
         if self.residency.has_tiers:
             self.cache.run(staging.warm_up)
 
-    def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int) -> int:
+    def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int, tenant: str) -> int:
         """Gives a sequence its blocks; returns the tokens that were cached. See `BlockPool.start`."""
         begun = self._clock.monotonic_ns()
-        started = self.pool.start(row, hashes, num_hashes, num_tokens)
+        started = self.pool.start(row, hashes, num_hashes, num_tokens, tenant)
         try:
             self._allocated(begun, started.evicted)
         except Exception:  # an event sink may raise anything: the caller does not learn that it has the blocks
@@ -135,10 +140,10 @@ class DeviceTier:
         if np.any(copied.sources < self.layout.num_blocks):
             self.cache.run(_copy_blocks, copied.sources, copied.targets)
 
-    def reserve(self, count: int, max_blocks: int | None) -> grants.Grant:
+    def reserve(self, growth: Mapping[int, int], max_blocks: int | None) -> grants.Grant:
         """Sets blocks aside for a compiled loop. See `BlockPool.reserve`."""
         begun = self._clock.monotonic_ns()
-        grant, evicted = self.pool.reserve(count, max_blocks)
+        grant, evicted = self.pool.reserve(growth, max_blocks)
         self._allocated(begun, evicted)
         return grant
 
@@ -209,6 +214,8 @@ class DeviceTier:
         made = self.cache.remade(_regroup_tokens, plan.slots)
         pool = self._new_pool(made.layout, longest=max(map(len, plan.tables.values()), default=0))
         pool.install(*build_pool(plan, pool.sequences))
+        # A new block belongs to whom its first token's block did.
+        pool.inherit(self.pool.account, plan.slots[:, 0] // self.layout.block_size)
         self.cache.value, self.pool = made, pool
         self.residency.regrouped(plan.residents, hasher.block_size)
         self.update_gauges()
@@ -223,6 +230,9 @@ class DeviceTier:
         counts = self.pool.stats()
         self._metrics.gauge("kvbm_blocks_allocated", counts.held, tier=Tier.G1.label)
         self._metrics.gauge("kvbm_blocks_free", counts.reset + counts.inactive, tier=Tier.G1.label)
+        for tenant, blocks in self.pool.tenant_blocks().items():
+            self._metrics.gauge("kvbm_tenant_blocks_held", blocks.held, tenant=tenant)
+            self._metrics.gauge("kvbm_tenant_blocks_resident", blocks.resident, tenant=tenant)
 
     def _max_blocks(self, layout: KVLayout) -> int:
         """Blocks of a table."""
@@ -236,6 +246,7 @@ class DeviceTier:
             max_sequences=self._max_sequences,
             max_blocks=max(self._max_blocks(layout), longest),
             eviction_policy=self._eviction_policy,
+            quotas=self._quotas,
         )
 
     def _allocated(self, begun: int, evicted: EvictedBlocks) -> None:

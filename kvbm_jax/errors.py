@@ -16,6 +16,7 @@ __all__ = [
     "LayoutError",
     "MissingDependencyError",
     "OutOfBlocksError",
+    "QuotaExceededError",
     "SequenceTooLongError",
     "TraceError",
     "TransportError",
@@ -40,6 +41,10 @@ class HashingError(KvbmError, ValueError):
 
 class OutOfBlocksError(KvbmError, MemoryError):
     """A request needs more blocks than are free or evictable."""
+
+
+class QuotaExceededError(OutOfBlocksError):
+    """A tenant would hold more blocks than its quota; what other tenants hold has no part in it."""
 
 
 class SequenceTooLongError(KvbmError, ValueError):

@@ -103,6 +103,7 @@ class Sequence:
     on_release: Callable[["Sequence"], None] = field(repr=False)
     multimodal: Multimodal = ()  # (position in `tokens`, hash of the input that stands there)
     hits: Mapping[Tier, int] = field(default_factory=dict)  # the tokens of `num_cached` by the tier they were found in
+    tenant: str = ""  # whose quota its blocks count for
     priority: int = 0  # of the blocks that it registers, where the eviction policy asks for one
     reuse: bool = True  # whether it finds and leaves cached blocks
     num_registered: int = 0  # blocks that others can find

@@ -37,11 +37,12 @@ class Loops:
         """Sets aside the blocks that sequences need to grow, on the device of the cache."""
         for seq in growth:
             self._roster.require(seq)
-        count = sum(self._device.pool.lacking({seq.row: num_tokens for seq, num_tokens in growth.items()}))
+        lacking = self._device.pool.lacking({seq.row: num_tokens for seq, num_tokens in growth.items()})
+        count = sum(lacking)
         if max_blocks is not None and count > max_blocks:
             raise ConfigError(f"max_blocks is {max_blocks}, but the growth asked for needs {count} blocks")
         self._progress.unshare([seq for seq, num_tokens in growth.items() if num_tokens])
-        grant = self._device.reserve(count, max_blocks)
+        grant = self._device.reserve({seq.row: n for seq, n in zip(growth, lacking, strict=True)}, max_blocks)
         return self._device.cache.beside(self._ledger.issue(grant, growth))
 
     def commit(self, grant: Grant, running: SequenceBatch, tokens: Mapping[Sequence, Tokens[int]]) -> None:

@@ -53,6 +53,7 @@ from kvbm_jax.residency import Residency
 from kvbm_jax.roster import Roster
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
+from kvbm_jax.tenants import TenantBlocks
 from kvbm_jax.tiers import open_engine
 
 __all__ = ["BlockManager"]
@@ -139,6 +140,7 @@ class BlockManager:
                 max_sequences=max_sequences,
                 max_sequence_tokens=max_sequence_tokens,
                 eviction_policy=config.eviction_policy if eviction_policy is None else eviction_policy,
+                quotas=config.quotas,
                 residency=Residency(self._publisher, self._metrics, engine),
                 metrics=self._metrics,
                 clock=self._clock,
@@ -165,6 +167,7 @@ class BlockManager:
         tokens: abc.Sequence[int] | NDArray[np.integer],
         *,
         salt: str = "",
+        tenant: str | None = None,
         lora_name: str | None = None,
         multimodal: Multimodal = (),
         priority: int = 0,
@@ -179,6 +182,7 @@ class BlockManager:
         Args:
           tokens: the prompt, at least one token.
           salt: prefixes are shared within equal salts only.
+          tenant: whose quota its blocks count for, see `quotas` of the configuration; None = the salt.
           lora_name: adapter that the cache is computed with.
           multimodal: images and the like: (position of a placeholder token, hash of the content) pairs.
           priority: of the blocks that it registers, from 0 to 2**32 - 1: those of lower priority are evicted first
@@ -188,6 +192,7 @@ class BlockManager:
         Raises:
           HashingError: if a token is no integer in [0, 2**32), or an input cannot be hashed.
           SequenceTooLongError: if the prompt is empty or longer than a sequence may be.
+          QuotaExceededError: if the tenant would hold more blocks than its quota; an OutOfBlocksError too.
           OutOfBlocksError: if the prompt needs more blocks than are free or evictable.
           ConfigError: if the priority is out of range.
           BlockStateError: if `max_sequences` are running.
@@ -198,6 +203,7 @@ class BlockManager:
             tokens=words.tolist(),
             num_cached=0,
             salt=salt,
+            tenant=salt if tenant is None else tenant,
             lora_name=lora_name,
             hashes=self._hasher(words, salt, lora_name, multimodal),
             multimodal=tuple(multimodal),
@@ -217,6 +223,7 @@ class BlockManager:
 
         Raises:
           SequenceTooLongError: if it has no tokens, or more than a sequence may have.
+          QuotaExceededError: if a tenant would hold more blocks than its quota.
           OutOfBlocksError: if it needs more blocks than are free or evictable.
           BlockStateError: if it is running, or `max_sequences` are.
         """
@@ -269,6 +276,7 @@ class BlockManager:
 
         Raises:
           HashingError: if a token is no integer in [0, 2**32); nothing is extended then.
+          QuotaExceededError: if a tenant would hold more blocks than its quota; the others go on all the same.
           OutOfBlocksError: if blocks are lacking; other sequences may have been extended.
           SequenceTooLongError: if a sequence would outgrow its table.
           BlockStateError: if a sequence is not running.
@@ -294,6 +302,7 @@ class BlockManager:
         Raises:
           HashingError: if a token is no integer in [0, 2**32); nothing is done then.
           SequenceTooLongError: if a sequence would outgrow its table; nothing is done then.
+          QuotaExceededError: if a tenant would hold more blocks than its quota; the others go on all the same.
           OutOfBlocksError: if blocks are lacking; those named before the first that lacks them have been extended.
           BlockStateError: if a sequence is not running, or named twice; nothing is done then.
         """
@@ -396,6 +405,7 @@ class BlockManager:
           max_blocks: pads the grant to this many blocks, so that a compiled loop sees one shape; None = few sizes.
 
         Raises:
+          QuotaExceededError: if a tenant would hold more blocks than its quota.
           OutOfBlocksError: if there are not as many.
           SequenceTooLongError: if a sequence would outgrow its table.
           ConfigError: if the blocks exceed `max_blocks`, or a growth is negative.
@@ -504,6 +514,10 @@ class BlockManager:
     def stats(self) -> BlockCounts:
         """Returns the numbers of reset, inactive (cached) and held blocks."""
         return self._device.pool.stats()
+
+    def tenant_stats(self) -> dict[str, TenantBlocks]:
+        """Returns what each tenant has on the device that has a quota, `*` for all others together."""
+        return self._device.pool.tenant_blocks()
 
     def tier_stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters of the tiers below the device."""

@@ -48,6 +48,8 @@ METRICS: dict[str, Metric] = {
     for metric in (
         Metric("kvbm_blocks_allocated", MetricKind.GAUGE, "blocks held by sequences", ("tier",)),
         Metric("kvbm_blocks_free", MetricKind.GAUGE, "blocks that an allocation could take", ("tier",)),
+        Metric("kvbm_tenant_blocks_held", MetricKind.GAUGE, "blocks held by a tenant's sequences", ("tenant",)),
+        Metric("kvbm_tenant_blocks_resident", MetricKind.GAUGE, "these, and what it has cached", ("tenant",)),
         Metric(
             "kvbm_allocation_latency_seconds",
             MetricKind.HISTOGRAM,

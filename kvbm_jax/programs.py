@@ -38,12 +38,15 @@ __all__ = [
     "release",
     "round_up",
     "stats",
+    "step_plan",
     "trim",
     "try_seeds",
 ]
 
 SEEDS: Final = 8
 """How many seeds of an index are tried before it is given up; that the first does not do is rare by itself."""
+
+_STEP: Final = 8  # the least padded size of what a step names
 
 
 def cpu_device() -> jax.Device:
@@ -91,6 +94,41 @@ def pad(values: abc.Sequence[int] | NDArray[np.int32], fill: int, least: int = 3
     out = np.full((round_up(len(values), least),), fill, np.int32)
     out[: len(values)] = values
     return out
+
+
+def step_plan(
+    ending: abc.Sequence[int],
+    growing: abc.Mapping[int, int],
+    complete: abc.Sequence[tuple[int, int]],
+    hashes: NDArray[np.uint32],
+    *,
+    nobody: int,
+) -> step_verb.StepPlan:
+    """Returns the padded plan of a step in which no row starts: a prefix may have to come up from the tiers first.
+
+    Args:
+      ending: rows.
+      growing: new tokens of each row.
+      complete: row and index in its table of P blocks.
+      hashes: u32[P, 4], theirs.
+      nobody: rows of the batch, which pads rows.
+    """
+    rows, places = np.array(complete, np.int32).reshape(-1, 2).T
+    padded = np.zeros((round_up(len(complete), _STEP), 4), np.uint32)
+    padded[: len(hashes)] = hashes
+    fields: dict[str, Any] = {
+        "ending": pad(ending, nobody, _STEP),
+        "starting": np.full((1,), nobody, np.int32),
+        "hashes": np.zeros((1, 1, 4), np.uint32),
+        "num_hashes": np.zeros((1,), np.int32),
+        "num_tokens": np.zeros((1,), np.int32),
+        "growing": pad(list(growing), nobody, _STEP),
+        "new_tokens": pad(list(growing.values()), 0, _STEP),
+        "complete_rows": pad(rows, nobody, _STEP),
+        "complete_places": pad(places, 0, _STEP),
+        "complete_hashes": padded,
+    }
+    return step_verb.StepPlan(**fields)
 
 
 def _adopt_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask: jax.Array) -> sequences.SequenceBatch:

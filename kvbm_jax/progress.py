@@ -69,8 +69,8 @@ class Progress:
         for seq, new in added.items():
             if statuses[seq.row] == Status.OK:
                 seq.tokens.extend(new)
-        for status in statuses:
-            self._device.pool.require(status, blocks=most)
+        for row, status in enumerate(statuses):
+            self._device.pool.require(status, blocks=most, row=row)
 
     def step(
         self, tokens: abc.Mapping[Sequence, abc.Sequence[int]], ending: abc.Sequence[Sequence]
@@ -123,7 +123,7 @@ class Progress:
             found[seq] += self.register(seq)
         self._device.update_gauges()
         for seq, status in zip(added, stepped.statuses, strict=True):
-            pool.require(status, blocks=-(-len(added[seq]) // size))
+            pool.require(status, blocks=-(-len(added[seq]) // size), row=seq.row)
         return found
 
     def fork(self, seq: Sequence) -> Sequence:

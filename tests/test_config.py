@@ -22,6 +22,12 @@ def load(toml=None, env=None, tmp_path=None, **overrides):
     return KvBlockManagerConfig.load(path, env or {}, **overrides)
 
 
+def toml_of(value):
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{json.dumps(k)} = {v}" for k, v in value.items()) + "}"
+    return json.dumps(value)
+
+
 def test_defaults():
     config = load()
     assert config == KvBlockManagerConfig()
@@ -62,10 +68,12 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "events": "zmq",
         "events_url": "tcp://127.0.0.1:5557",
         "worker_id": "w-1",
+        "quotas": {"a": 0.5, "b c": 70, "*": 1},
     }
     assert set(values) == {field.name for field in dataclasses.fields(KvBlockManagerConfig)}
-    from_file = load("\n".join(f"{k} = {json.dumps(v)}" for k, v in values.items()), None, tmp_path)
-    texts = {k: json.dumps(v) if isinstance(v, bool) else str(v) for k, v in values.items()}
+    toml = {k: toml_of(v) for k, v in values.items()}
+    from_file = load("\n".join(f"{k} = {v}" for k, v in toml.items()), None, tmp_path)
+    texts = {k: toml[k] if isinstance(v, bool | dict) else str(v) for k, v in values.items()}
     from_env = load(env={f"KVBM_{k.upper()}": text for k, text in texts.items()})
     assert from_file == from_env == load(**values) == KvBlockManagerConfig(**values)
     assert from_file.as_dict() == values
@@ -119,6 +127,23 @@ def test_text_that_is_read(name, text, value):
         ("events", "kafka", "one of inproc, nats, zmq, none"),
         ("events_url", "", "a string"),
         ("offload_path", "", "a path"),
+        (
+            "quotas",
+            "",
+            "a table from tenants to blocks (an integer >= 0) or parts of the pool (> 0 and <= 1)",
+        ),
+        ("quotas", "0.5", "a table"),
+        ("quotas", "{a = 1", "a table"),
+        ("quotas", "{a = 1}\nb = 2", "a table"),
+        ("quotas", "{a = -1}", "a table"),
+        ("quotas", "{a = 1.5}", "a table"),
+        ("quotas", "{a = 0.0}", "a table"),
+        ("quotas", "{a = nan}", "a table"),
+        ("quotas", "{a = 2147483648}", "a table"),
+        ("quotas", "{a = true}", "a table"),
+        ("quotas", "{a = '1'}", "a table"),
+        ("quotas", "{a = {b = 1}}", "a table"),
+        ("quotas", "{a = 1, a = 2}", "a table"),
     ],
 )
 def test_a_bad_value_names_its_key_variable_value_and_range(name, text, allowed):
@@ -148,6 +173,9 @@ def test_a_bad_value_names_its_key_variable_value_and_range(name, text, allowed)
         ("offload_path", 3),
         ("dtype", np.float32),
         ("events", None),
+        ("quotas", "{a = 1}"),
+        ("quotas", {1: 1}),
+        ("quotas", [("a", 1)]),
     ],
 )
 def test_arguments_are_typed_not_parsed(name, value):
@@ -226,6 +254,20 @@ def test_the_disk_tier_is_what_offloading_means_unless_there_is_another():
     assert KvBlockManagerConfig(enable_offload=True).disk_bytes == 10 * 2**30
     assert KvBlockManagerConfig(enable_offload=True, host_blocks=5).disk_bytes == 0
     assert KvBlockManagerConfig(enable_offload=True, host_blocks=5, disk_budget=6).disk_bytes == 6
+
+
+def test_tenants_have_the_limits_of_their_table(tmp_path):
+    quotas = load("[quotas]\nacme = 0.29\nglobex = 20\n'*' = 0.001", None, tmp_path).quotas
+    assert quotas == load(quotas={"*": 0.001, "globex": 20, "acme": 0.29}).quotas
+    assert hash(quotas) == hash(load(quotas=quotas).quotas)
+    limits = quotas.blocks(100)
+    assert {name: limits[quotas.index(name)] for name in ("acme", "globex", "else", "")} == {
+        "acme": 29,
+        "globex": 20,
+        "else": 1,
+        "": 1,
+    }
+    assert load(quotas={"acme": 1}).quotas.index("globex") == 1  # nobody
 
 
 @given(fraction=st.floats(0, 1, exclude_min=True), blocks=st.integers(1, 2**24))

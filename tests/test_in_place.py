@@ -143,6 +143,7 @@ def test_pool_and_memory_of_a_policy_stay_where_they_are(name):
     assert pointers(compiled(carry)[0], N) == before
 
 
+@pytest.mark.long
 def test_a_pool_under_quotas_stays_where_it_is():
     def verb(carry):
         charged, state, running = carry

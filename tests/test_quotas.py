@@ -153,8 +153,9 @@ class QuotaStepDriver(QuotaDriver):
         return {"cached": cached, "start": begun, "grow": grown}
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("limits", [(3, 6), (5, 5)])
-@pytest.mark.parametrize("windows", [ONE, pytest.param(HYBRID[0], marks=pytest.mark.long)], ids=str)
+@pytest.mark.parametrize("windows", [ONE, HYBRID[0]], ids=str)
 def test_random_whole_steps_match_the_model(windows, limits):
     hybrid = windows in HYBRID
     rng = np.random.default_rng([*limits, hybrid])
