@@ -257,18 +257,19 @@ def pop(queue: LruQueue, count: jax.Array, *, max_count: int) -> tuple[LruQueue,
     rank = jnp.arange(max_count, dtype=jnp.int32)
     taken = rank < count
     # The roots are a ring too, in which the head's comes first.
-    first = head >> _shift(roots, capacity)
+    shift = _shift(roots, capacity)
+    first = head >> shift
     order = (first + jnp.arange(roots.size, dtype=jnp.int32)) % roots.size
     child, rank = _descend(fence(roots[order])[None, :], rank)
-    node = (first + child) % roots.size
-    for level in inner:
-        node, rank = fence((node, rank))
-        child, rank = _descend(fence(level.reshape(-1, _FAN)[node]), rank)
-        node = node * _FAN + child
-    node, rank = fence((node, rank))
-    child, rank = _descend(jax.lax.population_count(fence(words.reshape(-1, _FAN)[node])), rank)
-    node, rank = fence((node * _FAN + child, rank))
-    entry = node * WORD + select_bit(fence(words[node]), rank)
+    # A node and a rank under it are one number: where the entry would stand, were there no holes.
+    place = fence(((first + child) % roots.size << shift) + rank)
+    for level in (*inner, words):
+        node, rank = place >> shift, place & ((1 << shift) - 1)
+        children = fence(level.reshape(-1, _FAN)[node])
+        shift = _shift(level, capacity)
+        child, rank = _descend(jax.lax.population_count(children) if level is words else children, rank)
+        place = fence((node * _FAN + child << shift) + rank)
+    entry = (place & -WORD) + select_bit(fence(words[place // WORD]), place % WORD)
     entry = fence(jnp.where(taken, entry, capacity))
     blocks = queue.ring.at[entry].get(**FILL, fill_value=num_blocks)
     last = entry.at[jnp.maximum(count - 1, 0)].get(**CLIP)

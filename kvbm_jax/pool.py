@@ -106,9 +106,18 @@ class Evicted(NamedTuple):
     """Blocks whose contents an allocation took away, in order of eviction."""
 
     block_ids: jax.Array  # i32[F], padded with N
-    hashes: jax.Array  # u32[F, 4]: the sequence hashes they held
-    groups: jax.Array  # u32[F]: the groups they were registered under
+    keys: jax.Array  # u32[F, 5]: those that they were registered under
     num_blocks: jax.Array  # i32[]
+
+    @property
+    def hashes(self) -> jax.Array:
+        """The sequence hashes that they held, u32[F, 4]."""
+        return self.keys[..., :4]
+
+    @property
+    def groups(self) -> jax.Array:
+        """The groups that they were registered under, u32[F]."""
+        return self.keys[..., 4]
 
 
 class MatchResult(NamedTuple):
@@ -610,7 +619,7 @@ def _evict(state: PoolState, count: jax.Array, *, max_count: int, scores: Scores
         inactive, blocks = lru.pop_lowest(state.inactive, is_inactive(state), words, count, max_count=max_count)
     blocks = fence(blocks)
     keys = state.index.keys.at[blocks].get(**FILL, fill_value=0)
-    evicted = Evicted(blocks, keys[:, :4], keys[:, 4], count)
+    evicted = Evicted(blocks, keys, count)
     return replace(state, inactive=inactive, index=block_index.delete(state.index, blocks)), evicted
 
 
