@@ -44,11 +44,12 @@ def test_replicas_on_eight_devices_equal_one_device():
     assert found["replicas_that_differ"] == 0
 
 
-def test_two_processes_with_tiers_of_their_own_end_with_equal_pools():
+@pytest.mark.parametrize("policy", ["lru", pytest.param("tiny_lfu", marks=pytest.mark.long)])
+def test_two_processes_with_tiers_of_their_own_end_with_equal_pools(policy):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    first, second = run("processes.py", port, count=2)
+    first, second = run("processes.py", port, policy, count=2)
     # The tiers differed: one process's disk was slow and now and then failed.
     assert second["failures"] > 5
     assert first["failures"] == 0

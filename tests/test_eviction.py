@@ -3,12 +3,15 @@
 import functools
 import importlib.metadata
 import re
+from collections import Counter
 
 import jax
 import numpy as np
 import pytest
+import tiered
 from oracle import OraclePool
 from policy_oracles import LineageOracle, LruOracle, PriorityOracle, ScoredOracle, TinyLfuOracle
+from shelves import Shelves
 from synthetic import conversations
 
 from kvbm_jax import BlockManager, BlockPool, KvBlockManagerConfig, eviction, grants, policies, programs, sequences
@@ -16,6 +19,8 @@ from kvbm_jax import pool as pool_verbs
 from kvbm_jax import step as step_verb
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.hashing import hash_sequence
+from kvbm_jax.offload import MemoryBlockStore
+from kvbm_jax.protocols import Tier
 
 pytestmark = pytest.mark.core
 LONG = pytest.mark.long
@@ -74,13 +79,12 @@ class Twin:
         self.policy.hit(self.pool, held)
         return held + granted[0], len(held), evicted
 
-    def register(self, table, keys, first, priority):
-        """Registers the blocks from index `first` on, and ends the sequence."""
+    def register(self, table, keys, first, priority=0):
+        """Registers the blocks from index `first` on."""
         entries = self.pool.register([list(zip(table[first:], keys[first:], strict=False))])[0]
         new = [first + i for i, (_, new, _) in enumerate(entries) if new]
         table[first : first + len(entries)] = [block for block, _, _ in entries]
         self.policy.registered(self.pool, [(table[i], table[i - 1] if i else None, i, priority) for i in new])
-        self.pool.release([table])
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=LONG if name == "scored" else ()) for name in TWINS])
@@ -97,10 +101,41 @@ def test_hits_and_evictions_of_a_manager_are_those_of_the_oracle(name):
                 assert seq.num_cached == SIZE * found
                 manager.register(seq)
             twin.register(table, keys, found, priority)
+            twin.pool.release([table])
             evicted += [np.array(key[:4], "<u4").tobytes() for _, key in gone]
         told = [event for batch in events.drain() for event in batch if event.event_type == "deleted"]
     assert [event.sequence_hash for event in told] == evicted
     assert len(evicted) > 50
+
+
+@pytest.mark.parametrize("name", ["tiny_lfu", *(pytest.param(name, marks=LONG) for name in ("lineage", "priority"))])
+def test_tiers_below_a_device_of_another_policy(name):
+    """What the device evicts by its policy goes down, and what comes up again is told to the policy as registered."""
+    capacities = {Tier.G2: 12, Tier.G3: 60}
+    stores = [MemoryBlockStore(tiered.BLOCK_BYTES, capacity=n, tier=tier) for tier, n in capacities.items()]
+    twin, below, found = Twin(name, 32), Shelves(capacities), Counter()
+    with tiered.make(32, stores=stores, eviction_policy=name) as manager:
+        for ids in conversations(4, requests=120, longest=20, users=6, id_bits=32):
+            tokens = [*(np.repeat(ids, tiered.SIZE) + np.tile(range(tiered.SIZE), len(ids))).tolist(), 0]
+            keys = [(*words, 0) for words in hash_sequence(tokens, tiered.SIZE).tolist()]
+            held = len(twin.pool.match(keys))
+            brought = below.find(keys[held:])
+            table, _, evicted = twin.start(keys, len(keys) + 1)
+            for _, key in evicted:
+                below.offer(key)
+            last = held + len(brought)
+            if brought:
+                twin.register(table, keys[:last], held)
+            twin.register(table, keys, last)
+            twin.pool.release([table])
+            hits = Counter({Tier.G1: held, **Counter(brought)})
+            assert tiered.serve(manager, tokens) == {tier: n * tiered.SIZE for tier, n in hits.items() if n}
+            found += hits
+        tiered.settle(manager)
+        for store in stores:
+            stored = {record.key.sequence_hash for _, record in store.records()}
+            assert stored == {np.array(key[:4], "<u4").tobytes() for key in below.held[store.tier]}
+    assert min(found[tier] for tier in (Tier.G1, Tier.G2, Tier.G3)) > 20
 
 
 def test_a_block_is_worth_the_priority_it_was_registered_with():
@@ -148,6 +183,7 @@ class PoolTwin:
         self.twin.register(table, keys, found, priority)
         assert self.book.table(0).tolist() == table
         self.book.release(0)
+        self.twin.pool.release([table])
 
     def resize(self, num_blocks):
         done = self.book.resize(num_blocks)

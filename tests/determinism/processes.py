@@ -67,7 +67,7 @@ def tokens_of(ids):
     return [token for number in ids for token in range(number * tiered.SIZE, (number + 1) * tiered.SIZE)] + [0]
 
 
-def main(port, process):
+def main(port, policy, process):
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=process)
     agreement = Agreement()
@@ -75,7 +75,8 @@ def main(port, process):
     disk = Disk(tiered.BLOCK_BYTES, capacity=80, tier=Tier.G3, process=process)
     skew = np.random.default_rng(100 + process)
     metrics, hits = InMemoryMetrics(), 0
-    with tiered.make(BLOCKS, max_sequences=2, metrics=metrics, stores=[host, disk], agreement=agreement) as manager:
+    options = {"metrics": metrics, "stores": [host, disk], "agreement": agreement, "eviction_policy": policy}
+    with tiered.make(BLOCKS, max_sequences=2, **options) as manager:
         before = None
         for ids in synthetic.conversations(5, requests=REQUESTS, longest=9, users=6, id_bits=32):
             time.sleep(skew.random() * 0.003 * process)  # what is tested: one process runs late; nothing waits by it
@@ -89,7 +90,7 @@ def main(port, process):
             before = seq
         pool = manager._device.pool
         told = {
-            "pool": digest(pool._pool),
+            "pool": digest((pool._pool, pool._memory)),
             "sequences": digest(pool.sequences),
             "residents": [r.record.key.sequence_hash.hex() for r in manager._device.residency.residents],
             "hits": hits,
@@ -104,4 +105,4 @@ def main(port, process):
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), int(sys.argv[2]))
+    main(int(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
