@@ -88,14 +88,15 @@ class BlockManager:
       metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
       clock: time for events and durations; None = the system's.
       stores: the tiers below the device, the fastest first, closed with the manager; None = those of `config`.
-      eviction_policy: which cached block of the device goes first: a policy of `kvbm_jax.policies`, or a function from
-        a `policies.BlockView` to scores, of which the lowest goes first; None = what `config` names.
+      eviction_policy: which cached block of the device goes first: the name of a policy, a policy of
+        `kvbm_jax.policies`, or a function from a `policies.BlockView` to scores, of which the lowest goes first; None =
+        what `config` names.
       agreement: decides how much of what the tiers brought up is used, where several processes run one plan; see
         `kvbm_jax.agreement`.
 
     Raises:
-      ConfigError: if a size is unset, the transport asked for is absent, a tier cannot be had, or there is no CPU
-        device.
+      ConfigError: if a size is unset, the transport asked for is absent, a tier or a policy cannot be had, or there
+        is no CPU device.
       LayoutError: if a size is out of range.
       MissingDependencyError: if the package of a tier is not installed.
     """
@@ -109,7 +110,7 @@ class BlockManager:
         metrics: MetricsSink | None = None,
         clock: Clock | None = None,
         stores: abc.Sequence[BlockStore] | None = None,
-        eviction_policy: EvictionPolicy | ScoreFunction | None = None,
+        eviction_policy: str | EvictionPolicy | ScoreFunction | None = None,
         agreement: Agreement = agree_alone,
     ) -> None:
         self.config = config

@@ -436,8 +436,19 @@ _scored_once = functools.cache(scored)
 
 
 def as_policy(choice: EvictionPolicy | ScoreFunction) -> EvictionPolicy:
-    """Returns a policy as it is, and the `scored` one of a function: each time the same one for the same function."""
-    return choice if isinstance(choice, EvictionPolicy) else _scored_once(choice)
+    """Returns a policy as it is, and for a function its `scored` one.
+
+    That is the same each time for the same function, and is kept, as is what is compiled with it: define a function
+    once, not for each pool.
+
+    Raises:
+      ConfigError: if it is neither.
+    """
+    if isinstance(choice, EvictionPolicy):
+        return choice
+    if not callable(choice):
+        raise ConfigError(f"{choice!r} is no eviction policy; give an EvictionPolicy, or a function of a BlockView")
+    return _scored_once(choice)
 
 
 def _after[T](memory: T, state: pool.PoolState) -> T:

@@ -282,6 +282,11 @@ def test_a_policy_is_one_and_the_same_for_all_who_name_it():
     assert policies.as_policy(policies.named("lru")) is policies.named("lru")
 
 
+def test_what_is_neither_policy_nor_function_is_refused():
+    with pytest.raises(ConfigError, match="5 is no eviction policy; give an EvictionPolicy, or a function"):
+        bare(5)
+
+
 def test_what_is_no_policy_is_refused_with_the_nearest():
     for make_one in (
         functools.partial(KvBlockManagerConfig, eviction_policy="tinylfu"),
