@@ -34,7 +34,15 @@ from kvbm_jax.cache import KVCache
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_tier import DeviceTier
 from kvbm_jax.errors import BlockStateError, ConfigError
-from kvbm_jax.events import EventBus, EventPublisher, KvEvent, NullEventSink, Subscription
+from kvbm_jax.events import (
+    EventBus,
+    EventPublisher,
+    KvEvent,
+    KvEventBatch,
+    NullEventSink,
+    Subscription,
+    open_outlet,
+)
 from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
@@ -47,7 +55,7 @@ from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
-from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, StoreStats, Tier
+from kvbm_jax.protocols import BlockStore, Clock, EventSink, MetricsSink, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.residency import Residency
 from kvbm_jax.roster import Roster
@@ -95,10 +103,11 @@ class BlockManager:
         `kvbm_jax.agreement`.
 
     Raises:
-      ConfigError: if a size is unset, the transport asked for is absent, a tier or a policy cannot be had, or there
+      ConfigError: if a size is unset, the transport asked for is not there, a tier or a policy cannot be had, or there
         is no CPU device.
       LayoutError: if a size is out of range.
-      MissingDependencyError: if the package of a tier is not installed.
+      MissingDependencyError: if the package of a tier or of the transport is not installed.
+      TransportError: if the transport reaches nobody, or its address is taken.
     """
 
     def __init__(
@@ -123,19 +132,20 @@ class BlockManager:
         self._metrics: MetricsSink = NullMetrics() if metrics is None else GuardedMetrics(metrics)
         self._clock: Clock = time if clock is None else clock
         self._bus = EventBus(metrics=self._metrics)
-        silent = config.events is EventTransport.NONE
+        self._sink = _open_sink(config, self._bus, self._metrics)
         self._publisher = EventPublisher(
-            NullEventSink() if silent else self._bus,
+            self._sink,
             worker_id=config.worker_id,
             block_size=config.block_size,
             clock=self._clock,
         )
         self._hasher = Hasher(config.block_size, config.hash_algorithm)
         self._closed = False
-        engine = open_engine(
-            config, layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
-        )
+        engine = None
         try:
+            engine = open_engine(
+                config, layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
+            )
             self._device = DeviceTier(
                 layout,
                 max_sequences=max_sequences,
@@ -149,6 +159,7 @@ class BlockManager:
         except BaseException:
             if engine is not None:
                 engine.close(0)
+            self._sink.close()
             raise
         self._roster = Roster(max_sequences)
         self._progress = Progress(self._device, self._roster)
@@ -611,6 +622,7 @@ class BlockManager:
             try:
                 self._device.residency.close(deadline)
             finally:
+                self._sink.close()
                 self._bus.close()
 
     def __enter__(self) -> Self:
@@ -635,3 +647,14 @@ class BlockManager:
     def _check_open(self) -> None:
         if self._closed:
             raise BlockStateError("the manager is closed")
+
+
+def _open_sink(config: KvBlockManagerConfig, bus: EventBus, metrics: MetricsSink) -> EventSink[KvEventBatch]:
+    """Where a manager's events go."""
+    match config.events:
+        case EventTransport.NONE:
+            return NullEventSink()
+        case EventTransport.INPROC:
+            return bus
+        case transport:
+            return open_outlet(transport, bus, worker_id=config.worker_id, url=config.events_url, metrics=metrics)

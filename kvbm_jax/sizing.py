@@ -5,7 +5,7 @@ import math
 
 import jax
 
-from kvbm_jax.config import EventTransport, KvBlockManagerConfig
+from kvbm_jax.config import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.layout import KVLayout
 
@@ -19,8 +19,6 @@ def layout_of(config: KvBlockManagerConfig) -> KVLayout:
       ConfigError: if a size is unset, what it asks for is not there, or the device has no room for one block.
       LayoutError: if a size is out of range.
     """
-    if config.events in {EventTransport.NATS, EventTransport.ZMQ}:
-        raise ConfigError(f"events = {config.events}: this version has no network transport; use events = inproc")
     unset = [name for name in ("num_layers", "num_kv_heads", "head_dim") if getattr(config, name) is None]
     if unset:
         raise ConfigError(f"{', '.join(unset)} unset; take them from the model's configuration")

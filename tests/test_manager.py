@@ -550,7 +550,6 @@ def test_an_index_that_refuses_is_rehashed():
     [
         ({"num_layers": None}, "num_layers unset"),
         ({"enable_offload": True}, "model_id is unset"),
-        ({"events": "zmq"}, "events = zmq"),
         ({"num_blocks": None}, "reports no memory limit"),
     ],
 )

@@ -22,6 +22,7 @@ _KEY = np.dtype([("hash", "V16"), ("group_idx", "<u4"), ("tier", "u1")])
 _NO_HASH = bytes(16)
 _SLACK = 65_536  # rows that need not be packed, whatever becomes of them
 _LONGEST = 1024  # rows of a snapshot's batch
+_MOST_TOKENS = 65_536  # of a snapshot's batch: messages of half a megabyte are taken everywhere
 
 
 class LiveBlocks:
@@ -211,4 +212,5 @@ def _in_order(batch: KvEventBatch) -> list[KvEventBatch]:
         roots += waiting.pop(hashes[row], [])
     order += sorted(row for rows in waiting.values() for row in rows)  # each the parent of the other: no real chain
     rows = np.array(order, np.int64)
-    return [_take(batch, rows[i : i + _LONGEST]) for i in range(0, len(rows), _LONGEST)]
+    length = max(1, min(_LONGEST, _MOST_TOKENS // max(batch.block_size, 1)))
+    return [_take(batch, rows[i : i + length]) for i in range(0, len(rows), length)]

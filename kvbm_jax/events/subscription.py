@@ -60,6 +60,7 @@ class Subscription:
         self._items: deque[StreamItem] = deque()
         self._lost_batches = 0
         self._lost_events = 0
+        self._taken = 0
         self._ended = False
         self._condition = threading.Condition()
         self._waiters: deque[tuple[asyncio.AbstractEventLoop, asyncio.Future[None]]] = deque()
@@ -155,15 +156,21 @@ class Subscription:
             self._wake()
         return dropped
 
-    def push(self, item: StreamItem) -> bool:
-        """Appends an item once there is room, and returns True; False if the reader has closed."""
+    def push(self, item: StreamItem, timeout: float | None = None) -> bool:
+        """Appends an item once there is room; returns whether that was in time, and the reader still there."""
         with self._condition:
-            self._condition.wait_for(lambda: self._ended or len(self._items) < self._capacity)
-            if self._ended:
+            fits = self._condition.wait_for(lambda: self._ended or len(self._items) < self._capacity, timeout)
+            if self._ended or not fits:
                 return False
             self._items.append(item)
             self._wake()
         return True
+
+    @property
+    def taken(self) -> int:
+        """How many of the items brought here have been read."""
+        with self._condition:
+            return self._taken
 
     def end(self) -> None:
         """Says that nothing more will come. Idempotent."""
@@ -181,6 +188,7 @@ class Subscription:
             return None
         if len(self._items) == self._capacity:
             self._condition.notify_all()  # there is room again
+        self._taken += 1
         return self._items.popleft()
 
     def _wake(self) -> None:

@@ -143,6 +143,11 @@ class Outbox:
         """Whether nothing is waiting."""
         return not self._waiting
 
+    @property
+    def next_sequence(self) -> int:
+        """The number that the next batch will have."""
+        return self._next_sequence
+
     def stats(self) -> OutboxStats:
         """Returns the counters."""
         return OutboxStats(self._published, self._taken, self._dropped, len(self._waiting))

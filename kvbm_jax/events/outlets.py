@@ -1,0 +1,45 @@
+"""Where a manager's events go, by the name of a transport.
+
+Transports beyond the process are not known here. Whoever has one, this package's own `kvbm_jax.transports` or another
+distribution, declares an entry point of the group `kvbm_jax.event_transports`: its name is the transport's, and it is a
+function `(worker_id, url, metrics) -> EventSink`, called once by each manager that asks for it. `url` is None where the
+configuration names none.
+"""
+
+import importlib.metadata
+from collections.abc import Callable
+
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.events.schema import KvEventBatch
+from kvbm_jax.events.sinks import FanOutSink
+from kvbm_jax.protocols import EventSink, MetricsSink
+
+__all__ = ["GROUP", "TransportFactory", "open_outlet"]
+
+GROUP = "kvbm_jax.event_transports"
+
+type TransportFactory = Callable[[str, str | None, MetricsSink], EventSink[KvEventBatch]]
+
+
+def open_outlet(
+    transport: str, bus: EventSink[KvEventBatch], *, worker_id: str, url: str | None, metrics: MetricsSink
+) -> EventSink[KvEventBatch]:
+    """Returns a sink that publishes on the bus of this process and over a transport beyond it.
+
+    Args:
+      transport: Name of the entry point.
+      bus: Gets every batch too, and is closed with the sink.
+      worker_id: Whose events these are.
+      url: Where to; None for the transport's own choice.
+      metrics: Where the transport's counters go.
+
+    Raises:
+      ConfigError: There is no such transport.
+      KvbmError: What the transport says against it: its package is missing, nobody is there, ...
+    """
+    found = importlib.metadata.entry_points(group=GROUP, name=transport)
+    if not found:
+        names = sorted(point.name for point in importlib.metadata.entry_points(group=GROUP))
+        raise ConfigError(f"there is no event transport {transport!r}; installed are {', '.join(names) or 'none'}")
+    factory: TransportFactory = next(iter(found)).load()
+    return FanOutSink([bus, factory(worker_id, url, metrics)])

@@ -1,0 +1,78 @@
+"""The transports of this package as managers ask for them: by worker and address."""
+
+from collections.abc import Callable
+
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.events import KvEventBatch
+from kvbm_jax.protocols import EventSink, MetricsSink
+
+__all__ = ["nats_sink", "zmq_sink"]
+
+
+def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:
+    """Publishes over ZeroMQ in the engines' language, by default at port 5557 of loopback.
+
+    Replays and snapshots are served at the next port, or for other addresses than TCP's at the same with `-replay`.
+    """
+    from kvbm_jax.transports.zmq_publisher import (  # noqa: PLC0415 (an extra)
+        ZmqKvEventPublisher,
+        ZmqKvEventPublisherConfig,
+    )
+
+    if url is None:
+        config = ZmqKvEventPublisherConfig(worker_id=worker_id)
+    else:
+        config = ZmqKvEventPublisherConfig(worker_id=worker_id, endpoint=url, replay_endpoint=_replay_endpoint(url))
+    return ZmqKvEventPublisher(config, metrics=metrics)
+
+
+def nats_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:
+    """Publishes to JetStream, by default at the server that this user's workers share on this host."""
+    from kvbm_jax.transports.nats_connection import NatsConnection  # noqa: PLC0415 (an extra)
+    from kvbm_jax.transports.nats_publisher import (  # noqa: PLC0415
+        NatsKvEventPublisher,
+        NatsKvEventPublisherConfig,
+    )
+    from kvbm_jax.transports.nats_server import SharedNatsServer  # noqa: PLC0415
+
+    if url is not None:
+        config = NatsKvEventPublisherConfig(worker_id=worker_id, connection=NatsConnection.from_url(url))
+        return NatsKvEventPublisher(config, metrics=metrics)
+    server = SharedNatsServer()
+    try:
+        config = NatsKvEventPublisherConfig(worker_id=worker_id)
+        publisher = NatsKvEventPublisher(config, metrics=metrics, resolve=server.connection)
+    except BaseException:
+        server.close()
+        raise
+    return _WithServer(publisher, server.close)
+
+
+class _WithServer:
+    """A publisher and the share in a server that it needs."""
+
+    def __init__(self, publisher: EventSink[KvEventBatch], close_server: Callable[[], None]) -> None:
+        self._publisher = publisher
+        self._close_server = close_server
+
+    def publish(self, batch: KvEventBatch, /) -> None:
+        """Passes a batch on."""
+        self._publisher.publish(batch)
+
+    def close(self) -> None:
+        """Closes the publisher, then the server if it is this process's own. Idempotent."""
+        try:
+            self._publisher.close()
+        finally:
+            self._close_server()
+
+
+def _replay_endpoint(url: str) -> str:
+    if not url.startswith("tcp://"):
+        return f"{url}-replay"
+    head, _, port = url.rpartition(":")
+    if port == "*":
+        return url
+    if not port.isdecimal() or not 0 < int(port) < 65_535:
+        raise ConfigError(f"events_url = {url!r}: allowed is an address such as tcp://127.0.0.1:5557")
+    return f"{head}:{int(port) + 1}"

@@ -1,0 +1,113 @@
+"""Managers that publish beyond their process, as their configuration says."""
+
+import socket
+
+import numpy as np
+import pytest
+from event_batches import View
+
+from kvbm_jax import BlockManager, KvBlockManagerConfig
+from kvbm_jax.errors import ConfigError, TransportError
+from kvbm_jax.events import EventBus, open_outlet
+from kvbm_jax.metrics import NullMetrics
+from kvbm_jax.transports.factories import zmq_sink
+from kvbm_jax.transports.nats_server import SharedNatsServer, discovery_folder
+from kvbm_jax.transports.nats_subscriber import NatsKvEventSubscriberConfig, subscribe_nats
+from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
+
+
+def manager(**fields):
+    sizes = {"block_size": 4, "num_blocks": 16, "num_layers": 1, "num_kv_heads": 1, "head_dim": 2, "dtype": "float32"}
+    return BlockManager(KvBlockManagerConfig(**sizes, worker_id="w-1", **fields))
+
+
+def work(owner):
+    """Has a manager register two blocks."""
+    seq = owner.start(np.arange(9))
+    owner.register(seq)
+    owner.release(seq)
+
+
+def free_ports():
+    """Two free ports, one after the other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
+@pytest.fixture
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+def test_a_manager_publishes_over_zeromq():
+    port = free_ports()
+    with manager(events="zmq", events_url=f"tcp://127.0.0.1:{port}") as owner:
+        local = owner.subscribe_events()
+        work(owner)
+        config = ZmqKvEventSubscriberConfig(
+            endpoint=f"tcp://127.0.0.1:{port}", replay_endpoint=f"tcp://127.0.0.1:{port + 1}", worker_id="w-1"
+        )
+        with subscribe_zmq(config) as subscription:
+            view, here = View(), View()
+            view.follow(subscription, lambda view: len(view.claims) == 2)
+            here.follow(local, lambda view: len(view.claims) == 2)
+        with pytest.raises(TransportError, match="cannot be published at"):
+            manager(events="zmq", events_url=f"tcp://127.0.0.1:{port}")
+
+
+def test_a_manager_starts_a_nats_server_where_no_address_is_given(own_folders):
+    with manager(events="nats") as owner:
+        work(owner)
+        other = SharedNatsServer()  # as another worker of this host finds it
+        with subscribe_nats(NatsKvEventSubscriberConfig(connection=other.connection())) as subscription:
+            view = View()
+            view.follow(subscription, lambda view: len(view.claims) == 2)
+        other.close()
+    assert not (discovery_folder() / "nats.json").exists()
+
+
+def test_a_manager_that_cannot_publish_is_one_clear_error():
+    with pytest.raises(TransportError, match=r"no NATS server answers at nats://127\.0\.0\.1:1:"):
+        manager(events="nats", events_url="nats://127.0.0.1:1")
+    with pytest.raises(ConfigError, match="no address of a NATS server"):
+        manager(events="nats", events_url="tcp://127.0.0.1:1")
+
+
+def test_replays_are_served_beside_an_address():
+    with pytest.raises(ConfigError, match="allowed is an address such as tcp://"):
+        zmq_sink("w-1", "tcp://127.0.0.1", NullMetrics())
+
+
+PACKAGE = """
+class Sink:
+    def __init__(self, *asked):
+        self.asked, self.batches, self.closed = asked, [], False
+    def publish(self, batch):
+        self.batches.append(batch)
+    def close(self):
+        self.closed = True
+"""
+
+
+def test_other_packages_bring_transports(tmp_path, monkeypatch):
+    (tmp_path / "carrier.py").write_text(PACKAGE)
+    info = tmp_path / "carrier-1.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: carrier\nVersion: 1\n")
+    (info / "entry_points.txt").write_text("[kvbm_jax.event_transports]\npigeon = carrier:Sink\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    bus = EventBus()
+    sink = open_outlet("pigeon", bus, worker_id="w", url="loft", metrics=NullMetrics())
+    sink.close()
+    assert sink._sinks[1].asked[:2] == ("w", "loft")
+    assert sink._sinks[1].closed
+    with pytest.raises(ConfigError, match="no event transport 'raven'; installed are nats, pigeon, zmq"):
+        open_outlet("raven", bus, worker_id="w", url=None, metrics=NullMetrics())
