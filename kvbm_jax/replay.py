@@ -1,7 +1,7 @@
 """Replaying a trace against the real pool: how many blocks a prefix cache of a given size would have found.
 
 Requests run one after the other, each finished before the next starts: match the longest resident prefix and hold it,
-allocate the rest, register, release. Bookkeeping only; no bytes move. Runs of requests go through one compiled loop,
+allocate the rest, register, release. Bookkeeping only; no bytes move. Many requests go through one compiled loop, each
 padded to one of a few widths. Tiers below the device are victim tiers, which never change what the device does: they
 are played afterwards, from the hits and evictions that the loop reports.
 
@@ -30,9 +30,10 @@ from kvbm_jax.types import Status
 
 __all__ = ["ComparedReplay", "ReplayResult", "compare", "replay", "replay_requests"]
 
-_REQUESTS_PER_CALL = 64
-_MIN_WIDTH = 32
-_WIDTH_STEP = 8
+_IDS_PER_CALL = 1 << 16  # with padding
+_REQUESTS_PER_CALL = 256  # at most
+_MIN_WIDTH = 64
+_WIDTH_STEP = 4
 
 type Progress = Callable[[int, int], object]
 """Is told how much is done, and of how much."""
@@ -80,9 +81,9 @@ class ComparedReplay:
 class _Batch:
     """Requests of one call."""
 
-    ids: np.ndarray  # u64[64, width]
-    files: np.ndarray  # u32[64]: the file of each request
-    counts: np.ndarray  # i32[64]: how many ids each has
+    ids: np.ndarray  # u64[rows, width]
+    files: np.ndarray  # u32[rows]: the file of each request
+    counts: np.ndarray  # i32[rows]: how many ids each has
     requests: int  # how many rows are requests
 
 
@@ -240,12 +241,12 @@ def replay_requests(
         room = int(pool.release_room(state))
         # After a compaction the queue may hold all of the pool, so a batch must fit what is left then.
         numbered = zip(requests, itertools.repeat(0) if files is None else files, strict=files is not None)
-        batches = list(_batches(numbered, num_blocks, room - num_blocks))
-        run = functools.partial(_run, policy=chosen, with_evicted=tiers is not None)
-        for width in sorted({batch.ids.shape[1] for batch in batches}):
-            empty = _pad([], width)
-            warm = _compact(pool.init(num_blocks)), chosen.init(num_blocks)
-            jax.device_get(run(*warm, _split(empty), empty.counts, 0)[2])
+        widths = _widths(max(map(len, requests), default=0))
+        batches = list(_batches(numbered, widths[-1], num_blocks, room - num_blocks))
+        run = functools.partial(_run, widths=widths, policy=chosen, with_evicted=tiers is not None)
+        warm = _compact(pool.init(num_blocks)), chosen.init(num_blocks)
+        empty = _pad([], widths[-1])
+        jax.device_get(run(*warm, _split(empty), empty.counts, 0)[2])
 
         start = time.perf_counter()
         done = []
@@ -304,33 +305,39 @@ def _add(totals: _Totals, batch: _Batch, report: "_Report", tiers: VictimTiers[t
             tiers.offer(key)
 
 
-def _batches(requests: Iterable[tuple[np.ndarray, int]], num_blocks: int, room: int) -> Iterator[_Batch]:
-    """Cuts the stream into runs of requests of one padded width that fit the room of the inactive queue."""
+def _batches(requests: Iterable[tuple[np.ndarray, int]], width: int, num_blocks: int, room: int) -> Iterator[_Batch]:
+    """Cuts the stream into runs of requests that fit a call and the room of the inactive queue."""
     run: list[tuple[np.ndarray, int]] = []
-    width = pushes = 0
+    pushes = 0
     for ids, file in requests:
-        wanted = _width(len(ids))
         may_push = min(len(ids), num_blocks)
-        if run and (wanted != width or len(run) == _REQUESTS_PER_CALL or pushes + may_push > room):
+        if run and (len(run) == _rows(width) or pushes + may_push > room):
             yield _pad(run, width)
             run, pushes = [], 0
         run.append((ids, file))
-        width, pushes = wanted, pushes + may_push
+        pushes += may_push
     if run:
         yield _pad(run, width)
 
 
-def _width(count: int) -> int:
-    width = _MIN_WIDTH
-    while width < count:
-        width *= _WIDTH_STEP
-    return width
+def _rows(width: int) -> int:
+    """Requests of a call."""
+    return max(min(_REQUESTS_PER_CALL, _IDS_PER_CALL // width), 1)
+
+
+def _widths(most: int) -> tuple[int, ...]:
+    """What requests of up to `most` ids are padded to, ascending."""
+    widths = [_MIN_WIDTH]
+    while widths[-1] < most:
+        widths.append(widths[-1] * _WIDTH_STEP)
+    return tuple(widths)
 
 
 def _pad(run: Sequence[tuple[np.ndarray, int]], width: int) -> _Batch:
-    ids = np.zeros((_REQUESTS_PER_CALL, width), np.uint64)
-    files = np.zeros((_REQUESTS_PER_CALL,), np.uint32)
-    counts = np.zeros((_REQUESTS_PER_CALL,), np.int32)
+    rows = _rows(width)
+    ids = np.zeros((rows, width), np.uint64)
+    files = np.zeros((rows,), np.uint32)
+    counts = np.zeros((rows,), np.int32)
     for row, (request, file) in enumerate(run):
         ids[row, : len(request)] = request
         files[row] = file
@@ -339,7 +346,7 @@ def _pad(run: Sequence[tuple[np.ndarray, int]], width: int) -> _Batch:
 
 
 def _split(batch: _Batch) -> np.ndarray:
-    """The ids as 128-bit hashes u32[64, width, 4]: low and high word of the id, its file, 0."""
+    """The ids as 128-bit hashes u32[rows, width, 4]: low and high word of the id, its file, 0."""
     words = batch.ids.astype("<u8").view("<u4").reshape(*batch.ids.shape, 2)
     files = np.broadcast_to(batch.files[:, None, None], (*batch.ids.shape, 1))
     return np.concatenate([words, files, np.zeros_like(files)], axis=-1)
@@ -351,13 +358,16 @@ _compact = jax.jit(pool.compact, donate_argnums=0)
 class _Report(NamedTuple):
     """What became of the requests of a batch."""
 
-    hits: jax.Array  # i32[64]
-    evictions: jax.Array  # i32[64]
-    rejected: jax.Array  # i32[64]
-    evicted: jax.Array  # u32[64, width, 3]: hashes in order of eviction, or u32[64, 0, 3] if nobody asks
+    hits: jax.Array  # i32[rows]
+    evictions: jax.Array  # i32[rows]
+    rejected: jax.Array  # i32[rows]
+    evicted: jax.Array  # u32[rows, width, 3]: hashes in order of eviction, or u32[rows, 0, 3] if nobody asks
 
 
-@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("policy", "with_evicted"))
+type _Carry = tuple[jax.Array, pool.PoolState, Any, _Report]
+
+
+@functools.partial(jax.jit, donate_argnums=(0, 1), static_argnames=("widths", "policy", "with_evicted"))
 def _run(
     state: pool.PoolState,
     memory: Any,
@@ -365,26 +375,47 @@ def _run(
     counts: jax.Array,
     requests: jax.Array,
     *,
+    widths: tuple[int, ...],
     policy: policies.EvictionPolicy,
     with_evicted: bool,
 ) -> tuple[pool.PoolState, Any, _Report]:
-    """Replays the first `requests` rows of hashes u32[64, width, 4]; donates the state and the policy's memory."""
-    rows, width = hashes.shape[:2]
+    """Replays the first `requests` rows of hashes u32[rows, width, 4]; donates the state and the policy's memory."""
+    rows, most = hashes.shape[:2]
     zeros = jnp.zeros((rows,), jnp.int32)
-    report = _Report(zeros, zeros, zeros, jnp.zeros((rows, width if with_evicted else 0, 3), jnp.uint32))
+    report = _Report(zeros, zeros, zeros, jnp.zeros((rows, most if with_evicted else 0, 3), jnp.uint32))
 
-    def body(row: jax.Array, carry: tuple[pool.PoolState, Any, _Report]) -> tuple[pool.PoolState, Any, _Report]:
-        state, memory, report = carry
-        state, memory, hits, grant = _request(state, memory, hashes[row], counts[row], policy)
-        report = _Report(
-            report.hits.at[row].set(hits),
-            report.evictions.at[row].set(grant.evicted.num_blocks),
-            report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
-            report.evicted.at[row].set(grant.evicted.hashes[:, :3]) if with_evicted else report.evicted,
-        )
-        return state, memory, report
+    def left(carry: _Carry) -> jax.Array:
+        return carry[0] < requests
 
-    return jax.lax.fori_loop(0, requests, body, (state, memory, report))  # type: ignore[no-any-return]
+    def run_of(low: int, width: int, carry: _Carry) -> _Carry:
+        """Replays requests of more than `low` and up to `width` ids until another comes."""
+
+        def goes_on(carry: _Carry) -> jax.Array:
+            count = counts.at[carry[0]].get(mode="clip")
+            return left(carry) & (count > low) & (count <= width)
+
+        def one(carry: _Carry) -> _Carry:
+            row, state, memory, report = carry
+            state, memory, hits, grant = _request(state, memory, hashes[row, :width], counts[row], policy)
+            evicted = grant.evicted.hashes[:, :3]
+            report = _Report(
+                report.hits.at[row].set(hits),
+                report.evictions.at[row].set(grant.evicted.num_blocks),
+                report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
+                report.evicted.at[row, :width].set(evicted) if with_evicted else report.evicted,
+            )
+            return row + 1, state, memory, report
+
+        return jax.lax.while_loop(goes_on, one, carry)
+
+    def runs(carry: _Carry) -> _Carry:
+        # A loop for each width: a choice within one loop would copy the state.
+        for low, width in zip((-1, *widths), widths, strict=False):
+            carry = run_of(low, width, carry)
+        return carry
+
+    _, state, memory, report = jax.lax.while_loop(left, runs, (jnp.int32(0), state, memory, report))
+    return state, memory, report
 
 
 def _request(
