@@ -60,6 +60,7 @@ __all__ = [
     "clear",
     "compact",
     "draw",
+    "drop",
     "enter",
     "evict",
     "exchange",
@@ -354,12 +355,28 @@ def admit(
       The pool and the fresh blocks, held once each.
     """
     _check_ids("counts", counts, "[B]")
-    dropped, prefixes, registered, available, marks = begun
-    count, rows = dropped.shape[0], prefixes.shape[0]
-    taken = prefixes.reshape(-1)
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    granted = ends <= jnp.minimum(available, max_count)
-    refused = jnp.where(granted[:rows, None], state.num_blocks, prefixes).reshape(-1)
+    granted = ends <= jnp.minimum(begun.available, max_count)
+    state = _settle(state, begun, granted[: begun.prefixes.shape[0]])
+    return _grant(state, counts, ends, granted, max_count=max_count, scores=scores)
+
+
+def drop(state: PoolState, blocks: jax.Array) -> PoolState:
+    """Takes one holder from each block, in their order, unchecked: what `release` does, for callers who know.
+
+    Args:
+      state: the pool; `release_room` must be at least the number of blocks that become inactive.
+      blocks: i32[K] held blocks, named no more often than they are held, padded with N.
+    """
+    state, begun = exchange(state, blocks, jnp.zeros((0, 0), jnp.int32))
+    return _seal(_settle(state, begun, jnp.zeros((0,), jnp.bool_)), None)[0]
+
+
+def _settle(state: PoolState, begun: Exchange, granted: jax.Array) -> PoolState:
+    """Takes prefixes back from the rows that are not granted, bool[R], and gives every block its place."""
+    dropped, prefixes, registered, _, marks = begun
+    count, taken = dropped.shape[0], prefixes.reshape(-1)
+    refused = jnp.where(granted[:, None], state.num_blocks, prefixes).reshape(-1)
     refs = state.ref_counts.at[refused].add(-1, **DROP)
     unheld = refs.at[jnp.concatenate([dropped, taken])].get(**FILL, fill_value=1) == 0
     refs, unheld = fence((refs, unheld))
@@ -367,8 +384,7 @@ def admit(
     pushed, reset = fence((free & registered, free & ~registered))
     push_rank, reset_rank = ranks(pushed, reset)
     queue = lru.settle(state.inactive, marks, dropped, pushed, push_rank, taken, marks.once & ~unheld[count:])
-    state = _push_reset(replace(state, ref_counts=refs, inactive=queue), dropped, reset, reset_rank)
-    return _grant(state, counts, ends, granted, max_count=max_count, scores=scores)
+    return _push_reset(replace(state, ref_counts=refs, inactive=queue), dropped, reset, reset_rank)
 
 
 def _grant(

@@ -26,7 +26,6 @@ from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
 from kvbm_jax.programs import cpu_device
 from kvbm_jax.protocols import Tier
-from kvbm_jax.types import Status
 
 __all__ = ["ComparedReplay", "ReplayResult", "compare", "replay", "replay_requests"]
 
@@ -396,13 +395,12 @@ def _run(
 
         def one(carry: _Carry) -> _Carry:
             row, state, memory, report = carry
-            state, memory, hits, grant = _request(state, memory, hashes[row, :width], counts[row], policy)
-            evicted = grant.evicted.hashes[:, :3]
+            state, memory, hits, evicted = _request(state, memory, hashes[row, :width], counts[row], policy)
             report = _Report(
                 report.hits.at[row].set(hits),
-                report.evictions.at[row].set(grant.evicted.num_blocks),
-                report.rejected.at[row].set((grant.status[0] != Status.OK).astype(jnp.int32)),
-                report.evicted.at[row, :width].set(evicted) if with_evicted else report.evicted,
+                report.evictions.at[row].set(evicted.num_blocks),
+                report.rejected.at[row].set((counts[row] > state.num_blocks).astype(jnp.int32)),
+                report.evicted.at[row, :width].set(evicted.hashes[:, :3]) if with_evicted else report.evicted,
             )
             return row + 1, state, memory, report
 
@@ -420,31 +418,37 @@ def _run(
 
 def _request(
     state: pool.PoolState, memory: Any, hashes: jax.Array, count: jax.Array, policy: policies.EvictionPolicy
-) -> tuple[pool.PoolState, Any, jax.Array, pool.AllocateResult]:
+) -> tuple[pool.PoolState, Any, jax.Array, pool.Evicted]:
     """One request: hashes u32[width, 4], of which the first `count` are asked for.
 
+    Nobody else holds a block, so that a request fits if the pool has as many. One that does not holds and releases what
+    it has found, as the rule has it.
+
     Returns:
-      The pool, the policy's memory, hits i32[] and the grant.
+      The pool, the policy's memory, hits i32[] and what was evicted.
     """
     width = hashes.shape[0]
     none = jnp.int32(state.num_blocks)
     column = jnp.arange(width, dtype=jnp.int32)
     matched = pool.match(state, hashes[None], count[None])
-    hits = matched.num_blocks[0]
-    state, _ = pool.acquire(state, matched.block_ids)
+    found, hits = matched.block_ids[0], matched.num_blocks[0]
+    fits = count <= state.num_blocks
+    state, begun = pool.exchange(state, jnp.zeros((0,), jnp.int32), found[None])
     scores = policies.bind(policy, memory)
-    state, grant = pool.allocate(state, (count - hits)[None], max_blocks=width, scores=scores)
-    memory = policy.hit(memory, state, matched.block_ids[0])
-    fresh = grant.block_ids[0].at[column - hits].get(mode="clip")
-    new = (grant.status[0] == Status.OK) & (column >= hits) & (column < count)
-    state, result = pool.register(state, jnp.where(new, fresh, none)[None], hashes[None])
-    held = jnp.where(column < hits, matched.block_ids[0], result.block_ids[0])
+    wanted = jnp.where(fits, count - hits, 0)
+    state, drawn = pool.admit(state, begun, wanted[None], max_count=width, scores=scores)
+    memory = policy.hit(memory, state, found)
+    fresh = drawn.block_ids.at[column - hits].get(mode="clip")
+    fresh = jnp.where(fits & (column >= hits) & (column < count), fresh, none)
+    state, entered = pool.enter(state, fresh, pool.keys_of(hashes, 0))
+    duplicate = entered.canonical != fresh
+    state = pool.give_up(state, jnp.where(duplicate, fresh, none), jnp.where(duplicate, entered.canonical, none))
+    held = jnp.where(column < hits, found, entered.canonical)
     told = policies.Registered(
-        jnp.where(result.registered[0], held, none),
+        jnp.where(entered.registered, held, none),
         jnp.where(column > 0, jnp.roll(held, 1), none),
         column,
         ~column.astype(jnp.uint32),
     )
     memory = policy.registered(memory, state, told)
-    state, _ = pool.release(state, held[None])
-    return state, memory, hits, grant
+    return pool.drop(state, held[::-1]), memory, hits, drawn.evicted
