@@ -19,6 +19,11 @@ def _asks_for_gpu(config: pytest.Config) -> bool:
 def pytest_configure(config: pytest.Config) -> None:
     if not _asks_for_gpu(config):
         os.environ["JAX_PLATFORMS"] = "cpu"  # before jax is imported, and for the processes that tests start
+    if config.cache is not None:
+        # Compilation is most of what tests do, and the next run, or the next module, compiles the same programs.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(config.cache.mkdir("jax"))
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+        os.environ["JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES"] = "0"
     import jax
 
     jax.config.update("jax_numpy_rank_promotion", "raise")
