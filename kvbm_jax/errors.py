@@ -7,6 +7,7 @@ at run time: outcomes are values (`kvbm_jax.types.Status`), and the host boundar
 
 __all__ = [
     "BlockStateError",
+    "BusyError",
     "CacheLostError",
     "ConfigError",
     "EventDecodeError",
@@ -53,6 +54,10 @@ class SequenceTooLongError(KvbmError, ValueError):
 
 class BlockStateError(KvbmError, RuntimeError):
     """A block was used in a state that does not allow it: freed twice, stale handle, not held."""
+
+
+class BusyError(KvbmError, TimeoutError):
+    """A manager did not come to a command in time; another thread was in a call of it, and nothing was done."""
 
 
 class CacheLostError(KvbmError, RuntimeError):

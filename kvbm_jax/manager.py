@@ -12,7 +12,8 @@ the world by events. The server runs its own compiled programs on the cache that
     manager.release(seq)             blocks stay cached until they are evicted, and are then offered to the tiers below
     manager.close()                  what is cached is brought to the disk tier
 
-Calls are made from one thread. Subscriptions to events may be read from others.
+Calls may come from any thread and are carried out one at a time (`kvbm_jax.turns`); `command` lets an operator's thread
+go before the next call. Subscriptions to events wait for nobody.
 """
 
 import functools
@@ -63,15 +64,27 @@ from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
 from kvbm_jax.tenants import TenantBlocks
 from kvbm_jax.tiers import open_engine
+from kvbm_jax.turns import Turns
 
 __all__ = ["BlockManager"]
 
 _LOG = logging.getLogger(__name__)
 
 
-def _whole[**P, R](
-    method: abc.Callable[Concatenate["BlockManager", P], R],
-) -> abc.Callable[Concatenate["BlockManager", P], R]:
+type _Method[**P, R] = abc.Callable[Concatenate["BlockManager", P], R]
+
+
+def _in_turn[**P, R](method: _Method[P, R]) -> _Method[P, R]:
+    """Has a method wait until no other thread is in one."""
+
+    @functools.wraps(method)
+    def in_turn(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
+        return self._turns.take(functools.partial(method, self, *args, **kwargs))
+
+    return in_turn
+
+
+def _whole[**P, R](method: _Method[P, R]) -> _Method[P, R]:
     """Has an interrupt (Ctrl-C, say) within a method leave the device's pool empty, not broken; refuses after `close`.
 
     Donated state is gone before its successor is assigned; what comes in between cannot be undone.
@@ -79,9 +92,8 @@ def _whole[**P, R](
 
     @functools.wraps(method)
     def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        self._check_open()
-        with on_interrupt(self._lose):
-            return method(self, *args, **kwargs)
+        act = functools.partial(method, self, *args, **kwargs)
+        return self._turns.take(lambda: self._carry_out(act))
 
     return whole
 
@@ -123,6 +135,7 @@ class BlockManager:
         agreement: Agreement = agree_alone,
     ) -> None:
         self.config = config
+        self._turns = Turns()
         layout = layout_of(config)
         limit = layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
         if limit < 1 or max_sequences < 1:
@@ -228,6 +241,7 @@ class BlockManager:
         self.resume(seq)
         return seq
 
+    @_in_turn
     def resume(self, seq: Sequence) -> None:
         """Begins a released sequence again, with all its tokens; what is cached of them is found as by `start`.
 
@@ -271,6 +285,7 @@ class BlockManager:
         """
         self._progress.trim(seq, num_tokens)
 
+    @_in_turn
     def match(
         self,
         tokens: abc.Sequence[int] | NDArray[np.integer],
@@ -340,6 +355,7 @@ class BlockManager:
         self._device.update_gauges()
         return count
 
+    @_in_turn
     def release(self, seq: Sequence) -> None:
         """Ends a sequence; what it registered stays cached until it is evicted.
 
@@ -363,6 +379,7 @@ class BlockManager:
         """How many sequences may run at once: rows of `sequences`."""
         return self._roster.max_sequences
 
+    @_in_turn
     def warm_up(self) -> None:
         """Compiles the manager's own programs, so that the first requests do not wait for them."""
         self._device.warm_up()
@@ -373,6 +390,7 @@ class BlockManager:
         return self._device.cache.value
 
     @property
+    @_in_turn
     def sequences(self) -> SequenceBatch:
         """Tables and lengths of the running sequences, on the device of the cache; a value, not a view."""
         return self._device.cache.beside(self._device.pool.sequences)
@@ -398,12 +416,16 @@ class BlockManager:
           CacheLostError: if it failed after donation had destroyed the cache. The cache is empty then, no sequence
             runs any more, and an event says so.
         """
-        try:
-            return self._device.cache.run(step, *args, **kwargs)
-        except BaseException:
-            if self._device.cache.is_lost:
-                self._lose()
-            raise
+
+        def act() -> R:
+            try:
+                return self._device.cache.run(step, *args, **kwargs)
+            except BaseException:
+                if self._device.cache.is_lost:
+                    self._lose()
+                raise
+
+        return self._turns.take(act)
 
     @_whole
     def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> Grant:
@@ -485,6 +507,7 @@ class BlockManager:
         """
         self._loose.free(blocks)
 
+    @_in_turn
     def scrub(self) -> int:
         """Zeroes every block that holds nothing, and returns how many: what tenants that are gone have left.
 
@@ -492,6 +515,7 @@ class BlockManager:
         """
         return self._loose.scrub()
 
+    @_in_turn
     def store_kv(self, block: Block, layer: int, data: ArrayLike) -> None:
         """Writes one layer of a block: [C, T, H, D], keys then values.
 
@@ -501,6 +525,7 @@ class BlockManager:
         """
         self._loose.store(block, layer, data)
 
+    @_in_turn
     def load_kv(self, block: Block, layer: int) -> jax.Array:
         """Reads one layer of a block: [C, T, H, D], keys then values.
 
@@ -523,6 +548,7 @@ class BlockManager:
         """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously."""
         return self._bus.subscribe()
 
+    @_in_turn
     def stats(self) -> BlockCounts:
         """Returns the numbers of reset, inactive (cached) and held blocks."""
         return self._device.pool.stats()
@@ -531,6 +557,7 @@ class BlockManager:
         """Returns what each tenant has on the device that has a quota, `*` for all others together."""
         return self._device.pool.tenant_blocks()
 
+    @_in_turn
     def tier_stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters of the tiers below the device."""
         return self._device.residency.stats()
@@ -643,6 +670,11 @@ class BlockManager:
     def _free_if_current(self, block: Block) -> None:
         if self._loose.is_current(block):
             self.free_blocks([block])
+
+    def _carry_out[R](self, act: abc.Callable[[], R]) -> R:
+        self._check_open()
+        with on_interrupt(self._lose):
+            return act()
 
     def _check_open(self) -> None:
         if self._closed:

@@ -64,6 +64,8 @@ FLOORS = {
         "sizing",
         "tenancy",
         "tiers",
+        "turns",
+        "upkeep",
         "connector",
         "snapshot",
         "controller",
