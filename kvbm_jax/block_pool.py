@@ -389,6 +389,26 @@ class BlockPool:
         )
         return EvictedBlocks.of(result)
 
+    def evict_named(self, block_ids: NDArray[np.int32]) -> EvictedBlocks:
+        """Resets those of the blocks i32[n] that are inactive, the least recently released first."""
+        self._pool, result = programs.evict_named(self._pool, self._pad_blocks(block_ids)[0])
+        return EvictedBlocks.of(result)
+
+    def acquire(self, block_ids: NDArray[np.int32]) -> None:
+        """Adds a holder to each of the registered blocks i32[n].
+
+        Raises:
+          BlockStateError: if one is not resident; none is held then.
+        """
+        self._pool, status = programs.acquire(self._pool, self._pad_blocks(block_ids))
+        self.require(np.asarray(status)[0], blocks=len(block_ids))
+
+    def let_go(self, block_ids: NDArray[np.int32]) -> None:
+        """Takes a holder from each of the blocks i32[n] that `acquire` added."""
+        self._make_room(len(block_ids))
+        self._pool, status = programs.free(self._pool, self._pad_blocks(block_ids))
+        self.require(np.asarray(status)[0], blocks=len(block_ids))
+
     def inactive_blocks(self) -> NDArray[np.int32]:
         """Returns the cached blocks that nobody holds, i32[n], the least recently released first."""
         count = self.stats().inactive

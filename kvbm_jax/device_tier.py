@@ -5,7 +5,7 @@ tiers below, and only then may a program write. The manager above knows tokens a
 """
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
 import jax
@@ -17,13 +17,14 @@ from kvbm_jax.block_pool import BlockPool
 from kvbm_jax.cache import KVCache, copy_blocks, regroup_tokens, resize_blocks, scrub_blocks
 from kvbm_jax.device_cache import DeviceCache
 from kvbm_jax.errors import BlockStateError, ConfigError
-from kvbm_jax.handles import Hasher, Sequence
+from kvbm_jax.handles import Hasher
+from kvbm_jax.handles import Sequence as RunningSequence
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload import staging
-from kvbm_jax.offload.engine import FlushReport
+from kvbm_jax.offload.engine import FlushReport, Wait
 from kvbm_jax.outcomes import EvictedBlocks, Stepped
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction
-from kvbm_jax.protocols import Clock, MetricsSink, Tier
+from kvbm_jax.protocols import BlockKey, Clock, MetricsSink, Tier
 from kvbm_jax.reblock import ReblockPlan, Running, build_pool, plan_reblock
 from kvbm_jax.residency import Residency
 from kvbm_jax.resize_plan import Resized
@@ -167,6 +168,34 @@ class DeviceTier:
         padded[: len(block_ids)] = block_ids
         self.cache.run(_scrub_blocks, padded)
 
+    def evict(self, keys: Sequence[BlockKey] | int) -> int:
+        """Gives up cached blocks that nobody holds: these, or the first so many in the order of eviction.
+
+        They are offered to the tiers below. Returns how many there were.
+        """
+        evicted = self.pool.evict(keys) if isinstance(keys, int) else self.pool.evict_named(self._block_ids(keys))
+        self.residency.evicted(self.cache.value, evicted)
+        self.update_gauges()
+        return len(evicted.block_ids)
+
+    def forget(self, keys: Sequence[BlockKey] | None) -> int:
+        """Gives up cached blocks that nobody holds, all with None, and offers them to nobody; returns how many."""
+        evicted = self.pool.evict() if keys is None else self.pool.evict_named(self._block_ids(keys))
+        self.residency.forgotten(evicted)
+        self.update_gauges()
+        return len(evicted.block_ids)
+
+    def hold(self, keys: Sequence[BlockKey]) -> None:
+        """Adds a holder to cached blocks, which must be here."""
+        self.pool.acquire(self._block_ids(keys))
+        self.update_gauges()
+
+    def let_go(self, keys: Sequence[BlockKey]) -> None:
+        """Takes a holder from cached blocks."""
+        self.pool.let_go(self._block_ids(keys))
+        self.residency.released(np.frombuffer(b"".join(key.sequence_hash for key in keys), "<u4").reshape(-1, 4))
+        self.update_gauges()
+
     def clear(self) -> int:
         """Forgets what is cached, here and in the tiers below; returns how many blocks were cached here."""
         evicted = self.pool.evict()
@@ -193,7 +222,7 @@ class DeviceTier:
         self.update_gauges()
         return plan
 
-    def reblock(self, running: list[Sequence], hasher: Hasher) -> ReblockPlan:
+    def reblock(self, running: list[RunningSequence], hasher: Hasher) -> ReblockPlan:
         """Cuts pool and cache into blocks of another size. See `BlockManager.reblock`."""
         if self.residency.has_tiers:
             raise ConfigError(
@@ -221,9 +250,9 @@ class DeviceTier:
         self.update_gauges()
         return plan
 
-    def flush(self, seconds: float | None) -> FlushReport:
-        """Copies what is cached to the lowest tier. See `OffloadEngine.flush`."""
-        return self.residency.flush(self.cache.value, seconds)
+    def flush(self, seconds: float | None) -> Generator[Wait, bool | None, FlushReport]:
+        """Copies what is cached to the lowest tier, in parts. See `OffloadEngine.flush`."""
+        return self.residency.flush(lambda: self.cache.value, seconds)
 
     def update_gauges(self) -> None:
         """Tells the metrics how many blocks are in use."""
@@ -233,6 +262,11 @@ class DeviceTier:
         for tenant, blocks in self.pool.tenant_blocks().items():
             self._metrics.gauge("kvbm_tenant_blocks_held", blocks.held, tenant=tenant)
             self._metrics.gauge("kvbm_tenant_blocks_resident", blocks.resident, tenant=tenant)
+
+    def _block_ids(self, keys: Sequence[BlockKey]) -> NDArray[np.int32]:
+        """Where blocks lie, i32[n]; those that are not here are left out."""
+        found = (self.residency.block_id(key) for key in keys)
+        return np.array([block for block in found if block is not None], np.int32)
 
     def _max_blocks(self, layout: KVLayout) -> int:
         """Blocks of a table."""

@@ -52,7 +52,7 @@ from kvbm_jax.layout import KVLayout
 from kvbm_jax.loops import Loops
 from kvbm_jax.loose_blocks import LooseBlocks
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
-from kvbm_jax.offload.engine import FlushReport
+from kvbm_jax.offload.engine import FlushReport, Wait
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
@@ -65,6 +65,7 @@ from kvbm_jax.sizing import layout_of
 from kvbm_jax.tenants import TenantBlocks
 from kvbm_jax.tiers import open_engine
 from kvbm_jax.turns import Turns
+from kvbm_jax.upkeep import Upkeep
 
 __all__ = ["BlockManager"]
 
@@ -179,6 +180,7 @@ class BlockManager:
         self._admission = Admission(self._device, self._roster, self._progress, agreement)
         self._loops = Loops(self._device, self._roster, self._progress)
         self._loose = LooseBlocks(self._device)
+        self._upkeep = Upkeep(self._device)
 
     @property
     def layout(self) -> KVLayout:
@@ -535,7 +537,21 @@ class BlockManager:
         """
         return self._loose.load(block, layer)
 
-    # Events, numbers, the end.
+    # Operation, events, numbers, the end.
+
+    def command[R](self, act: abc.Callable[[Upkeep], R], seconds: float | None = None) -> R:
+        """Carries out what an operator asks, between the calls of other threads and before those that wait.
+
+        Args:
+          act: is given the verbs for it; may call the manager as well.
+          seconds: how long to wait for the call under way; None for as long as it takes.
+
+        Raises:
+          BusyError: if that took longer; nothing has been done then.
+          BlockStateError: if the manager is closed.
+          What `act` raises.
+        """
+        return self._turns.command(lambda: self._carry_out(lambda: act(self._upkeep)), seconds)
 
     def publish_event(self, event: KvEvent) -> None:
         """Publishes an event of the caller's beside the manager's own; returns at once.
@@ -605,10 +621,11 @@ class BlockManager:
           ConfigError: if there are tiers below, which hold blocks of one size, or no room for the new cache.
           OutOfBlocksError: if the running sequences do not fit.
           LayoutError: if `block_size` is out of range.
-          BlockStateError: if a grant is under way, or blocks of `allocate_blocks` are held.
+          BlockStateError: if a grant is under way, blocks of `allocate_blocks` are held, or any are pinned.
           In each case nothing has changed.
         """
         self._loops.require_none()
+        self._upkeep.require_none()
         hasher = replace(self._hasher, block_size=block_size)
         plan = self._device.reblock(list(self._roster), hasher)
         self._hasher = hasher
@@ -621,14 +638,21 @@ class BlockManager:
     def flush(self, deadline: float | None = None) -> FlushReport:
         """Copies what is cached, on the device and in host memory, to the disk tier; nothing is evicted by it.
 
+        Other threads may go on: the turn is taken for short parts, and given back while bytes are under way.
+
         Args:
           deadline: seconds to wait; None for as long as it takes. What is under way then goes on.
 
         Returns:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
-        self._check_open()
-        return self._device.flush(deadline)
+        parts = self._device.flush(deadline)
+        answer: bool | None = None
+        while True:
+            done = self._turns.take(functools.partial(self._go_on, parts, answer))
+            if isinstance(done, FlushReport):
+                return done
+            answer = done()  # others have their turn meanwhile
 
     def close(self, deadline: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
@@ -645,12 +669,7 @@ class BlockManager:
             if report.failed or report.pending:
                 _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
         finally:
-            self._closed = True
-            try:
-                self._device.residency.close(deadline)
-            finally:
-                self._sink.close()
-                self._bus.close()
+            self._turns.take(functools.partial(self._end, deadline))
 
     def __enter__(self) -> Self:
         return self
@@ -659,6 +678,24 @@ class BlockManager:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close(flush=kind is None)
+
+    def _go_on(self, parts: abc.Generator[Wait, bool | None, FlushReport], answer: bool | None) -> Wait | FlushReport:
+        """Does the next part of a flush; returns what to wait for, or its report."""
+        self._check_open()
+        try:
+            return parts.send(answer)
+        except StopIteration as end:
+            report: FlushReport = end.value
+            return report
+
+    def _end(self, deadline: float | None) -> None:
+        if not self._closed:
+            self._closed = True
+            try:
+                self._device.residency.close(deadline)
+            finally:
+                self._sink.close()
+                self._bus.close()
 
     def _lose(self) -> None:
         """Forgets what the device holds; the tiers below keep theirs."""

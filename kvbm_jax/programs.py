@@ -24,10 +24,12 @@ from kvbm_jax.sequences import SequenceBatch
 __all__ = [
     "SEEDS",
     "PolicyPrograms",
+    "acquire",
     "adopt_rows",
     "check_generations",
     "compact",
     "cpu_device",
+    "evict_named",
     "fork",
     "free",
     "inactive_blocks",
@@ -138,6 +140,15 @@ def _adopt_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask
         block_tables=jnp.where(mask[None, :, None], new.block_tables, old.block_tables),
         lengths=jnp.where(mask, new.lengths, old.lengths),
         num_blocks=jnp.where(mask, new.num_blocks, old.num_blocks),
+    )
+
+
+def _evict_named(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, pool.Evicted]:
+    """Resets those of the blocks i32[F], padded with N, that are inactive."""
+    named = jnp.zeros((state.num_blocks,), jnp.bool_).at[block_ids].set(True, mode="drop")
+    count = jnp.sum(named & pool.is_inactive(state), dtype=jnp.int32)
+    return pool.evict(
+        state, count, max_count=block_ids.shape[0], scores=lambda _: jnp.where(named, 0, 1).astype(jnp.uint32)
     )
 
 
@@ -264,6 +275,8 @@ def of_policy(policy: EvictionPolicy) -> PolicyPrograms:
 stats = jax.jit(pool.stats)
 match = jax.jit(pool.match)
 check_generations = jax.jit(pool.check_generations)
+acquire = jax.jit(pool.acquire, donate_argnums=0)
+evict_named = jax.jit(_evict_named, donate_argnums=0)
 free = jax.jit(pool.release, donate_argnums=0)
 compact = jax.jit(pool.compact, donate_argnums=0)
 rehash = jax.jit(pool.rehash)

@@ -6,7 +6,7 @@ there is, and blocks of another size can be made out of it.
 """
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Generator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,9 +15,9 @@ from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes
 from kvbm_jax.interrupts import on_interrupt
-from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident
+from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident, Wait
 from kvbm_jax.outcomes import EvictedBlocks
-from kvbm_jax.protocols import BlockKey, MetricsSink, StoreStats, Tier
+from kvbm_jax.protocols import BlockKey, BlockRecord, MetricsSink, StoreStats, Tier
 
 __all__ = ["Residency"]
 
@@ -87,14 +87,41 @@ class Residency:
         elif gone:
             self._engine.offload(cache, gone)
 
-    def cleared(self, evicted: EvictedBlocks) -> None:
-        """The device has been told to forget blocks; the tiers below forget all of theirs."""
+    def forgotten(self, evicted: EvictedBlocks) -> None:
+        """The device has been told to forget blocks; the tiers below are not offered them."""
         keys = self._count_evicted(evicted)
         self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
         for key in keys:
             self._residents.pop(key, None)
+
+    def cleared(self, evicted: EvictedBlocks) -> None:
+        """The device has been told to forget blocks; the tiers below forget all of theirs."""
+        self.forgotten(evicted)
+        self.clear_tiers(None)
+
+    def clear_tiers(self, tiers: Collection[Tier] | None) -> None:
+        """Empties tiers below; None for all of them."""
         if self._engine is not None:
-            self._engine.clear()
+            self._engine.clear(tiers)
+
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """Takes blocks out of every tier below."""
+        if self._engine is not None:
+            self._engine.discard(keys)
+
+    def block_id(self, key: BlockKey) -> int | None:
+        """Returns where on the device a block lies; None if it does not."""
+        resident = self._residents.get(key)
+        return None if resident is None else resident.block_id
+
+    def tiers_below(self, key: BlockKey) -> list[Tier]:
+        """Returns the tiers below that hold a block."""
+        return [] if self._engine is None else self._engine.holding(key)
+
+    def records(self) -> dict[Tier, list[tuple[int, BlockRecord]]]:
+        """Returns what each tier holds, with its block ids; the device is the first."""
+        device = [(block.block_id, block.record) for block in self._residents.values()]
+        return {Tier.G1: device} | ({} if self._engine is None else self._engine.records())
 
     def lost(self) -> None:
         """The device holds nothing any more; why it does not may have left the tiers in the middle of something."""
@@ -111,12 +138,20 @@ class Residency:
             loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
         return loaded if loaded.tiers else None
 
-    def flush(self, cache: KVCache, seconds: float | None) -> FlushReport:
-        """Copies what is registered to the lowest tier; see `OffloadEngine.flush`."""
+    def flush(self, cache: Callable[[], KVCache], seconds: float | None) -> Generator[Wait, bool | None, FlushReport]:
+        """Copies what is registered to the lowest tier, in parts; see `OffloadEngine.flush`."""
         if self._engine is None:
             return FlushReport(0, 0, 0)
-        with on_interrupt(self._engine.reconcile):
-            return self._engine.flush(cache, list(self._residents.values()), seconds)
+        parts = self._engine.flush(cache, self._residents, seconds)
+        answer: bool | None = None
+        while True:
+            try:
+                with on_interrupt(self._engine.reconcile):
+                    wait = parts.send(answer)
+            except StopIteration as end:
+                report: FlushReport = end.value
+                return report
+            answer = yield wait
 
     def stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters of the tiers below."""

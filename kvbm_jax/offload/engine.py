@@ -19,7 +19,7 @@ import collections
 import functools
 import logging
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,7 +50,7 @@ from kvbm_jax.protocols import (
     Tier,
 )
 
-__all__ = ["FlushReport", "Loaded", "OffloadEngine", "Resident"]
+__all__ = ["FlushReport", "Loaded", "OffloadEngine", "Resident", "Wait"]
 
 _LOG = logging.getLogger(__name__)
 _FLUSH_BLOCKS = 64
@@ -80,6 +80,10 @@ class FlushReport(NamedTuple):
     written: int  # the lowest tier has them now, and had not before
     failed: int
     pending: int  # not there yet
+
+
+type Wait = Callable[[], bool]
+"""Waits for something under way; returns whether it came in time."""
 
 
 class OffloadEngine:
@@ -191,12 +195,17 @@ class OffloadEngine:
             self._update_gauges()
         return Loaded(rows, tuple(found))
 
-    def flush(self, cache: KVCache, residents: Sequence[Resident], seconds: float | None) -> FlushReport:
+    def flush(
+        self, cache: Callable[[], KVCache], residents: Mapping[BlockKey, Resident], seconds: float | None
+    ) -> Generator[Wait, bool | None, FlushReport]:
         """Copies what the device and the tiers hold to the lowest tier, without taking it from where it is.
 
+        In parts, between which other methods may be called: a generator of waits, each to be called, from any thread,
+        and its answer sent. What is gone when its part comes is left out.
+
         Args:
-          cache: the cache.
-          residents: registered blocks on the device, the least valuable first.
+          cache: returns the cache as it is now.
+          residents: registered blocks on the device, the least valuable first; the mapping itself, which may change.
           seconds: how long to wait; None for as long as it takes. What is under way then goes on.
 
         Returns:
@@ -205,40 +214,58 @@ class OffloadEngine:
         if self._lowest is Tier.G2:
             return FlushReport(0, 0, 0)
         deadline = _Deadline(self._clock, seconds)
-        on_device = {block.record.key: block for block in residents}
-        origins = {
-            key: tier
-            for tier in reversed(self._stores)
-            if tier is not self._lowest
-            for key in self._tiers.oldest_first(tier)
-        }
-        for key in on_device:
-            origins.pop(key, None)  # to be named last, as the most recent
-            origins[key] = Tier.G1
-        wanted = list(origins.items())[-self._capacities[self._lowest] :]
+        keys = dict.fromkeys(
+            key for tier in reversed(self._stores) if tier is not self._lowest for key in self._tiers.oldest_first(tier)
+        )
+        for key in residents:
+            keys.pop(key, None)  # to be named last, as the most recent
+            keys[key] = None
+        wanted = list(keys)[-self._capacities[self._lowest] :]
         jobs: list[Job] = []
         step = max(min(_FLUSH_BLOCKS, self._max_bytes // (4 * self._block_bytes)), 1)
         for first in range(0, len(wanted), step):
-            part = wanted[first : first + step]
-            if not self._mover.wait_below(max(self._max_bytes // 2, 1), deadline.left()):
+            if not (yield functools.partial(self._mover.wait_below, max(self._max_bytes // 2, 1), deadline.left())):
                 break
             self._forget_lost()
-            jobs.append(self._copy_down(cache, dict(part), on_device))
-        self._mover.wait_idle(deadline.left())
+            part = {
+                key: Tier.G1 if key in residents else self._tiers.locate(key) for key in wanted[first : first + step]
+            }
+            origins = {key: origin for key, origin in part.items() if origin is not None}
+            jobs.append(self._copy_down(cache(), origins, residents))
+        yield functools.partial(self._mover.wait_idle, deadline.left())
         self._forget_lost()
         self._update_gauges()
         results = [job.done.result() if job.done.done() else JobResult() for job in jobs]
         pending = sum(len(job.transfers) for job in jobs if not job.done.done())
-        pending += sum(not self._tiers.holds(key, self._lowest) for key, _ in wanted[len(jobs) * step :])
+        pending += sum(not self._tiers.holds(key, self._lowest) for key in wanted[len(jobs) * step :])
         return FlushReport(sum(r.written for r in results), sum(r.failed for r in results), pending)
 
     def stats(self) -> dict[Tier, StoreStats]:
         """Returns sizes and counters by tier."""
         return {tier: store.stats() for tier, store in self._stores.items()}
 
-    def clear(self) -> None:
-        """Empties every tier below the device."""
+    def holding(self, key: BlockKey) -> list[Tier]:
+        """Returns the tiers that hold a block."""
+        return [tier for tier in self._stores if self._tiers.holds(key, tier)]
+
+    def records(self) -> dict[Tier, list[tuple[int, BlockRecord]]]:
+        """Returns what the stores hold, with its block ids."""
+        return {tier: list(store.records()) for tier, store in self._stores.items()}
+
+    def discard(self, keys: Sequence[BlockKey]) -> None:
+        """Takes blocks out of every tier below the device."""
+        for tier in self._stores:
+            held = [key for key in keys if self._tiers.holds(key, tier)]
+            for key in held:
+                self._tiers.discard(key, tier)
+            self._mover.forget(tier, dict.fromkeys(held))
+        self._update_gauges()
+
+    def clear(self, tiers: Collection[Tier] | None = None) -> None:
+        """Empties tiers below the device; None for all of them."""
         for tier, store in self._stores.items():
+            if tiers is not None and tier not in tiers:
+                continue
             keys = dict.fromkeys(self._tiers.oldest_first(tier))
             for key in keys:
                 self._tiers.discard(key, tier)
