@@ -122,6 +122,13 @@ class KvBlockManagerConfig:
     ] = None
     events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
+    controller: Annotated[
+        str | None,
+        _Says("where a running manager is controlled: auto, unix:///path or http://host:port; unset: nowhere"),
+    ] = None
+    controller_token_file: Annotated[
+        pathlib.Path | None, _Says("file of the bearer token that is to be shown there; needs controller")
+    ] = None
     worker_id: Annotated[
         str, _Says("name of this worker in its events; differs between workers that share a transport")
     ] = "0"
@@ -157,6 +164,10 @@ class KvBlockManagerConfig:
                 )
             if "://" not in self.events_url:
                 raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
+        if self.controller_token_file is not None and self.controller is None:
+            raise ConfigError(
+                f"controller_token_file = {self.controller_token_file} but controller is unset: nothing asks for a token"
+            )
         if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
             raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")
 

@@ -21,8 +21,9 @@ import logging
 import time
 from collections import abc
 from dataclasses import replace
+from pathlib import Path
 from types import TracebackType
-from typing import Concatenate, Self
+from typing import TYPE_CHECKING, Concatenate, Self
 
 import jax
 import numpy as np
@@ -67,6 +68,9 @@ from kvbm_jax.tiers import open_engine
 from kvbm_jax.turns import Turns
 from kvbm_jax.upkeep import Upkeep
 
+if TYPE_CHECKING:
+    from kvbm_jax.controller import Controller
+
 __all__ = ["BlockManager"]
 
 _LOG = logging.getLogger(__name__)
@@ -97,6 +101,13 @@ def _whole[**P, R](method: _Method[P, R]) -> _Method[P, R]:
         return self._turns.take(lambda: self._carry_out(act))
 
     return whole
+
+
+def _open_controller(manager: "BlockManager", url: str, token_file: Path | None) -> "Controller":
+    from kvbm_jax.controller import Controller, read_token  # noqa: PLC0415 (it stands on this module)
+
+    token = None if token_file is None else read_token(token_file)
+    return Controller(manager, None if url == "auto" else url, token=token)
 
 
 class BlockManager:
@@ -181,6 +192,13 @@ class BlockManager:
         self._loops = Loops(self._device, self._roster, self._progress)
         self._loose = LooseBlocks(self._device)
         self._upkeep = Upkeep(self._device)
+        self._controller: Controller | None = None
+        if config.controller is not None:
+            try:
+                self._controller = _open_controller(self, config.controller, config.controller_token_file)
+            except BaseException:
+                self.close(0, flush=False)
+                raise
 
     @property
     def layout(self) -> KVLayout:
@@ -380,6 +398,11 @@ class BlockManager:
     def max_sequences(self) -> int:
         """How many sequences may run at once: rows of `sequences`."""
         return self._roster.max_sequences
+
+    @property
+    def num_running(self) -> int:
+        """How many sequences run."""
+        return len(list(self._roster))
 
     @_in_turn
     def warm_up(self) -> None:
@@ -670,6 +693,8 @@ class BlockManager:
                 _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
         finally:
             self._turns.take(functools.partial(self._end, deadline))
+            if self._controller is not None:
+                self._controller.close()
 
     def __enter__(self) -> Self:
         return self
