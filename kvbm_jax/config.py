@@ -166,7 +166,7 @@ class KvBlockManagerConfig:
                 raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
         if self.controller_token_file is not None and self.controller is None:
             raise ConfigError(
-                f"controller_token_file = {self.controller_token_file} but controller is unset: nothing asks for a token"
+                f"controller_token_file = {self.controller_token_file} but controller is unset: nobody asks for it"
             )
         if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
             raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")

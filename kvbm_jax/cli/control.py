@@ -1,4 +1,4 @@
-"""`kvbm-jax status`, `reset`, `evict`, `pin`, `unpin`, `flush`, `snapshot`, `log-level`: a running manager's controls."""
+"""`kvbm-jax status`, `reset`, `evict`, `pin`, `unpin`, `flush`, `snapshot`, `log-level`: controls of a manager."""
 
 import argparse
 import dataclasses

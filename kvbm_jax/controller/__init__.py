@@ -5,7 +5,7 @@
     client      ControlClient: asks; `kvbm-jax status`, `reset` and the like are made of it
     address     where a controller listens: unix:///path, or http://host:port
 
-    GET  /v1/status                                  sizes, blocks by state and tier, sequences
+    GET  /v1/status     (or POST, with "wait")       sizes, blocks by state and tier, sequences
     POST /v1/reset      {"all": true} | {"tier": "g2"} | {"hashes": [...]}
     POST /v1/evict      {"blocks": 10} | {"hashes": [...]}
     POST /v1/pin        {"hashes": [...]}
@@ -14,8 +14,8 @@
     POST /v1/snapshot   {"tier": "g1"}               the blocks of a tier, or of all
     POST /v1/log_level  {"level": "debug", "logger": "kvbm_jax"}
 
-Commands wait `"wait"` seconds (30) for the manager's call under way. Hashes are 32 hexadecimal digits. What is no success
-is answered `{"error": {"type": "ConfigError", "message": "..."}}`; the type names a class of `kvbm_jax.errors`.
+Commands wait `"wait"` seconds (30) for the manager's call under way. Hashes are 32 hexadecimal digits. What fails is
+answered `{"error": {"type": "ConfigError", "message": "..."}}`; the type names a class of `kvbm_jax.errors`.
 
 Who may ask: over a Unix socket, this user alone. Over HTTP, who has the bearer token; without one it must be loopback,
 and what a browser sends across sites is refused. There is no TLS: put a proxy in front for that.

@@ -47,10 +47,7 @@ class ControlClient:
             headers["Authorization"] = f"Bearer {self._token}"
         with contextlib.closing(_connect(self.address, patience)) as connection:
             try:
-                if command == "status":
-                    connection.request("GET", "/v1/status", headers=headers)
-                else:
-                    connection.request("POST", f"/v1/{command}", json.dumps(fields), headers)
+                connection.request("POST", f"/v1/{command}", json.dumps(fields), headers)
                 response = connection.getresponse()
                 answer = json.loads(response.read())
             except (OSError, http.client.HTTPException, ValueError) as error:

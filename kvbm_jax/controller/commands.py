@@ -54,7 +54,7 @@ class Command[R: _Request](NamedTuple):
 
     request: type[R]
     act: Callable[[BlockManager, R], Answer]
-    is_safe: bool = False  # changes nothing: a GET
+    is_safe: bool = False  # changes nothing: a GET will do
 
 
 def carry_out(name: str, manager: BlockManager, body: bytes) -> Answer:

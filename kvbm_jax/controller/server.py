@@ -203,10 +203,9 @@ class _Handler(BaseHTTPRequestHandler):
         name = self.path.removeprefix(_PREFIX)
         if name not in COMMANDS or not self.path.startswith(_PREFIX):
             raise _Refusal(HTTPStatus.NOT_FOUND, f"{self.path}: there are {', '.join(_PREFIX + n for n in COMMANDS)}")
-        method = "GET" if COMMANDS[name].is_safe else "POST"
-        if self.command != method:
-            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.path} is asked by {method}", Allow=method)
-        return carry_out(name, self.server.manager, self._read() if method == "POST" else b"")
+        if self.command == "GET" and not COMMANDS[name].is_safe:
+            raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.path} is asked by POST", Allow="POST")
+        return carry_out(name, self.server.manager, self._read() if self.command == "POST" else b"")
 
     def _check_caller(self) -> None:
         token = self.server.token
