@@ -592,6 +592,7 @@ class BlockManager:
         """Returns the numbers of reset, inactive (cached) and held blocks."""
         return self._device.pool.stats()
 
+    @_in_turn
     def tenant_stats(self) -> dict[str, TenantBlocks]:
         """Returns what each tenant has on the device that has a quota, `*` for all others together."""
         return self._device.pool.tenant_blocks()

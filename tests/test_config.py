@@ -67,6 +67,8 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "model_id": "m/1",
         "events": "zmq",
         "events_url": "tcp://127.0.0.1:5557",
+        "controller": "auto",
+        "controller_token_file": "/run/token",
         "worker_id": "w-1",
         "quotas": {"a": 0.5, "b c": 70, "*": 1},
     }
