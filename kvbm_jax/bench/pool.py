@@ -40,7 +40,6 @@ _PROMPT = _KEYS * _BLOCK_SIZE + 1  # tokens
 _WIDTH = _KEYS + 1 + len(_CROSSINGS)
 _STEPS = 64  # of a trial
 _PERIOD = _LIFE // len(_CROSSINGS)  # steps from one crossing of a sequence to the next
-_BUDGET = 36  # blocks that a step may grant for each prompt; the tokens that a server computes in a step are bounded
 
 type _Carry = tuple[pool.PoolState, sequences.SequenceBatch]
 
@@ -158,7 +157,9 @@ class _Ours:
             pool.init(num_blocks),
             sequences.init(batch, _WIDTH, block_size=_BLOCK_SIZE, pool_blocks=num_blocks),
         )
-        bounded = functools.partial(_step, max_fresh=batch // _LIFE * _BUDGET + batch // _PERIOD)
+        # A server bounds the tokens of a step: here what its prompts need whose beginnings are found, but for one.
+        budget = batch // _LIFE * (_KEYS + 1 - _SHARED) + _SHARED + batch // _PERIOD
+        bounded = functools.partial(_step, max_fresh=budget)
         self._step = jax.jit(bounded, donate_argnums=0)
         self._scan = jax.jit(functools.partial(jax.lax.scan, bounded), donate_argnums=0)
         self._fill = jax.jit(functools.partial(jax.lax.scan, _step), donate_argnums=0)
