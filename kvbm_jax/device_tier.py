@@ -5,6 +5,7 @@ tiers below, and only then may a program write. The manager above knows tokens a
 """
 
 import functools
+import logging
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import replace
 
@@ -12,7 +13,7 @@ import jax
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax import grants
+from kvbm_jax import grants, logs
 from kvbm_jax.block_pool import BlockPool
 from kvbm_jax.cache import KVCache, copy_blocks, regroup_tokens, resize_blocks, scrub_blocks
 from kvbm_jax.device_cache import DeviceCache
@@ -31,6 +32,8 @@ from kvbm_jax.resize_plan import Resized
 from kvbm_jax.tenants import TenantQuotas
 
 __all__ = ["DeviceTier"]
+
+_LOG = logging.getLogger(__name__)
 
 
 class DeviceTier:
@@ -285,7 +288,10 @@ class DeviceTier:
 
     def _allocated(self, begun: int, evicted: EvictedBlocks) -> None:
         """Hands over what an allocation has evicted, before anything is written."""
-        self._metrics.observe("kvbm_allocation_latency_seconds", (self._clock.monotonic_ns() - begun) / 1e9)
+        seconds = (self._clock.monotonic_ns() - begun) / 1e9
+        self._metrics.observe("kvbm_allocation_latency_seconds", seconds)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            _LOG.debug("blocks allocated", extra=logs.fields(seconds=seconds, evicted=evicted.block_ids.tolist()))
         self.residency.evicted(self.cache.value, evicted)
         self.update_gauges()
 

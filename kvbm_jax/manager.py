@@ -30,6 +30,7 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
+from kvbm_jax import logs
 from kvbm_jax.admission import Admission, Prepared
 from kvbm_jax.agreement import Agreement, agree_alone
 from kvbm_jax.cache import KVCache
@@ -280,6 +281,9 @@ class BlockManager:
         self._metrics.count("kvbm_prefix_query_tokens_total", len(seq.tokens))
         for tier, found in seq.hits.items():
             self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
+        if _LOG.isEnabledFor(logging.DEBUG):
+            hits = {tier.label: tokens for tier, tokens in seq.hits.items() if tokens}
+            _LOG.debug("a sequence begins", extra=logs.fields(row=seq.row, tokens=len(seq.tokens), found=hits))
 
     @_whole
     def _admit(self, prepared: Prepared) -> None:

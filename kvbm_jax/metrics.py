@@ -12,11 +12,12 @@ import logging
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from kvbm_jax.errors import ConfigError, KvbmError
 from kvbm_jax.protocols import MetricsSink
 
-__all__ = ["METRICS", "Metric", "MetricKind", "Histogram", "NullMetrics", "InMemoryMetrics", "GuardedMetrics"]
+__all__ = ["METRICS", "Metric", "MetricKind", "Histogram", "Series", "NullMetrics", "InMemoryMetrics", "GuardedMetrics"]
 
 
 _LOG = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Metric:
     buckets: tuple[float, ...] = ()  # upper bounds of a histogram's buckets, rising; one more is open above
 
 
-_SECONDS = tuple(1e-6 * bound for bound in (10, 30, 100, 300, 1e3, 3e3, 1e4, 3e4, 1e5, 1e6))
+_SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _EDGE = ("source", "target")
 METRICS: dict[str, Metric] = {
     metric.name: metric
@@ -82,6 +83,20 @@ class Histogram:
     count: int
     total: float
     buckets: tuple[tuple[float, int], ...]  # (upper bound, observations at or below it and above the last)
+
+
+class Series(NamedTuple):
+    """One series: a metric under one set of label values."""
+
+    metric: Metric
+    label_values: tuple[str, ...]  # in the order of `metric.labels`
+    value: float | Histogram
+
+    @property
+    def name(self) -> str:
+        """As Prometheus writes it."""
+        pairs = ",".join(f'{k}="{v}"' for k, v in zip(self.metric.labels, self.label_values, strict=True))
+        return f"{self.metric.name}{{{pairs}}}" if pairs else self.metric.name
 
 
 class NullMetrics:
@@ -128,23 +143,24 @@ class InMemoryMetrics:
             self._values[key] = self._values.get(key, 0) + value
             self._counts.setdefault(key, [0] * (len(bounds) + 1))[bucket] += 1
 
-    def snapshot(self) -> dict[str, float | Histogram]:
-        """Returns every series touched so far, named as Prometheus does: `name{label="value"}`."""
+    def series(self) -> list[Series]:
+        """Returns every series touched so far."""
         with self._lock:
             values, counts = dict(self._values), {key: list(found) for key, found in self._counts.items()}
-        found: dict[str, float | Histogram] = {}
-        for key, value in values.items():
-            name, label_values = key
+        found = []
+        for (name, label_values), value in values.items():
             metric = METRICS[name]
-            pairs = ",".join(f'{k}="{v}"' for k, v in zip(metric.labels, label_values, strict=True))
-            series = f"{name}{{{pairs}}}" if pairs else name
+            collected: float | Histogram = value
             if metric.kind is MetricKind.HISTOGRAM:
+                in_buckets = counts[name, label_values]
                 bounds = (*metric.buckets, float("inf"))
-                buckets = tuple(zip(bounds, counts[key], strict=True))
-                found[series] = Histogram(sum(counts[key]), value, buckets)
-            else:
-                found[series] = value
+                collected = Histogram(sum(in_buckets), value, tuple(zip(bounds, in_buckets, strict=True)))
+            found.append(Series(metric, label_values, collected))
         return found
+
+    def snapshot(self) -> dict[str, float | Histogram]:
+        """Returns every series touched so far, named as Prometheus does: `name{label="value"}`."""
+        return {series.name: series.value for series in self.series()}
 
 
 class GuardedMetrics:

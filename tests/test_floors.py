@@ -40,7 +40,7 @@ FLOORS = {
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step", "quota_step"],
-    2: ["hashing", "identity", "config", "events", "eviction", "metrics", "tenants"],
+    2: ["hashing", "identity", "config", "events", "eviction", "logs", "metrics", "tenants"],
     3: ["offload", "transfer"],
     4: [
         "admission",
@@ -72,11 +72,11 @@ FLOORS = {
         "replay",
         "traces",
     ],
-    5: ["bench", "cli", "flax", "transports", "__main__"],
+    5: ["bench", "cli", "flax", "monitoring", "transports", "__main__"],
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "concurrent", "io", "logging", "os", "pathlib", "socket", "threading", "time"}
-OPTIONAL = {"flax", "google", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
+OPTIONAL = {"opentelemetry", "flax", "google", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 

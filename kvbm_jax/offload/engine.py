@@ -25,6 +25,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm_jax import logs
 from kvbm_jax.cache import KVCache
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import EventPublisher
@@ -164,10 +165,10 @@ class OffloadEngine:
         elif self._top is not self._lowest and in_flight + staged <= self._max_bytes:
             moves = [move for key in on_device for move in self._tiers.offer(key, down_to=self._top)]
             decided = plan(moves)
-            self._metrics.count("kvbm_offload_dropped_blocks_total", sum(move.target is None for move in moves))
+            self._count_dropped(sum(move.target is None for move in moves))
         else:
             decided = Plan([], [], list(on_device))
-            self._metrics.count("kvbm_offload_dropped_blocks_total", len(evicted))
+            self._count_dropped(len(evicted))
         self._announcer.deleted(Tier.G1, {key: on_device[key].block_id for key in decided.dropped})
         if decided.transfers or decided.removed:
             self._submit(cache, decided.transfers, decided.removed, on_device, is_copy=False)
@@ -383,10 +384,19 @@ class OffloadEngine:
 
     def _miss(self, tier: Tier, rows: Mapping[BlockKey, StoreRow]) -> None:
         """Counts blocks that could not be read, and forgets them."""
-        for key, row in rows.items():
-            self._edges.failed(tier, Tier.G1, row.outcome.value)
+        self._edges.failed(tier, Tier.G1, [(key, row.outcome.value) for key, row in rows.items()])
+        for key in rows:
             self._tiers.discard(key, tier)
         self._mover.forget(tier, {key: row.block_id or 0 for key, row in rows.items()})
+
+    def _count_dropped(self, blocks: int) -> None:
+        """Counts evicted blocks that go nowhere because too much is under way."""
+        self._metrics.count("kvbm_offload_dropped_blocks_total", blocks)
+        if blocks:
+            in_flight = self._mover.bytes_in_flight
+            _LOG.warning(
+                "evicted blocks are lost to backpressure", extra=logs.fields(blocks=blocks, in_flight=in_flight)
+            )
 
     def _forget_lost(self) -> None:
         """Takes account of blocks that the mover found missing, or could not put."""

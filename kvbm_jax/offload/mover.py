@@ -377,8 +377,7 @@ class Mover:
             _LOG.exception("the end of a transfer could not be told")
 
     def _count_failures(self, origin: Tier, target: Tier, failures: Sequence[tuple[BlockKey, str]]) -> None:
-        for _, reason in failures:
-            self._edges.failed(origin, target, reason)
+        self._edges.failed(origin, target, failures)
         self._lose([Lost(key, target, None, reason == Outcome.REFUSED.value) for key, reason in failures])
 
     def _lose(self, lost: Sequence[Lost]) -> None:
