@@ -6,6 +6,7 @@ at run time: outcomes are values (`kvbm_jax.types.Status`), and the host boundar
 """
 
 __all__ = [
+    "BenchError",
     "BlockStateError",
     "BusyError",
     "CacheLostError",
@@ -21,6 +22,7 @@ __all__ = [
     "SequenceTooLongError",
     "TraceError",
     "TransportError",
+    "UnreadableSegmentError",
 ]
 
 
@@ -73,12 +75,20 @@ class EventDecodeError(KvbmError, ValueError):
 
 
 class TransportError(KvbmError, ConnectionError):
-    """A transport of events cannot be had: no server there, credentials refused, an address taken."""
+    """A transport of events or a controller cannot be had: nobody there, credentials refused, an address taken."""
 
 
 class TraceError(KvbmError, ValueError):
     """A trace file cannot be read, or a line of it is not a request."""
 
 
+class BenchError(KvbmError, RuntimeError):
+    """A measurement could not be made, or what was measured did not do what it should."""
+
+
 class MissingDependencyError(KvbmError, ImportError):
     """An optional package is needed and absent; the message names the extra that brings it."""
+
+
+class UnreadableSegmentError(KvbmError, ValueError):
+    """A segment's record is missing, damaged, or of a format that this library does not know."""

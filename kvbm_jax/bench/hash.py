@@ -16,7 +16,8 @@ import xxhash
 from blake3 import blake3
 from numpy.typing import NDArray
 
-from kvbm_jax.bench.timing import BenchError, Row, Timing
+from kvbm_jax.bench.timing import Row, Timing
+from kvbm_jax.errors import BenchError
 from kvbm_jax.hashing import HashAlgorithm, hash_sequence
 
 __all__ = ["measure"]

@@ -25,7 +25,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import cache as kv_cache
-from kvbm_jax.bench.timing import BenchError, Row, Timing, Trial
+from kvbm_jax.bench.timing import Row, Timing, Trial
+from kvbm_jax.errors import BenchError
 from kvbm_jax.hashing import HashAlgorithm
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout

@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import pool, sequences
-from kvbm_jax.bench.timing import BenchError, Row, Timing
+from kvbm_jax.bench.timing import Row, Timing
+from kvbm_jax.errors import BenchError
 from kvbm_jax.step import StepPlan, StepResult, step
 
 __all__ = ["BATCHES", "measure"]

@@ -8,15 +8,9 @@ import dataclasses
 import statistics
 from collections.abc import Callable
 
-from kvbm_jax.errors import KvbmError
-
-__all__ = ["BenchError", "Row", "Timing", "Trial"]
+__all__ = ["Row", "Timing", "Trial"]
 
 type Trial = Callable[[], float]
-
-
-class BenchError(KvbmError, RuntimeError):
-    """A measurement could not be made, or what was measured did not do what it should."""
 
 
 @dataclasses.dataclass(frozen=True)

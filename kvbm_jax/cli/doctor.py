@@ -68,7 +68,7 @@ def _version(distributions: tuple[str, ...]) -> str | None:
     for name in distributions:
         try:
             return importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # another distribution may bring it
             continue
     return None
 

@@ -191,8 +191,6 @@ class _Handler(BaseHTTPRequestHandler):
         except KvbmError as error:
             status = self._STATUS.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
             answer = _told(type(error).__name__, error)
-        except TimeoutError:
-            return  # who asks does not go on asking
         except Exception as error:  # noqa: BLE001 (a store or a sink may raise anything: the operator is told)
             _LOG.exception("a command failed: %s", self.path)
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, _told("KvbmError", f"{type(error).__name__}: {error}")
@@ -237,7 +235,10 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
         if int(length[:20]) > _LONGEST_BODY:
             raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes; at most {_LONGEST_BODY:,} are read")
-        body = self.rfile.read(int(length))
+        try:
+            body = self.rfile.read(int(length))
+        except OSError as error:
+            raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, f"the rest of {length} bytes did not come: {error}") from error
         if len(body) < int(length):
             raise _Refusal(HTTPStatus.BAD_REQUEST, f"{len(body)} bytes of {length} came")
         return body

@@ -231,6 +231,7 @@ class NatsThread:
 
     def _run(self) -> None:
         try:
+            # Stopping cancels what runs.
             with contextlib.suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
                 runner.run(self._stay())
         except Exception as error:  # noqa: BLE001 (whoever waits for the first session must hear of it)
@@ -274,7 +275,7 @@ class NatsThread:
         if self.stopping.is_set():
             await asyncio.sleep(_PAUSE if self._unfinished() else 0)
             return
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):  # what is waited for may not come
             await asyncio.wait_for(self.stopping.wait(), seconds)
 
 

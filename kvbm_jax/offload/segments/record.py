@@ -13,20 +13,16 @@ from typing import Self
 import msgspec
 import xxhash
 
-from kvbm_jax.errors import ConfigError, KvbmError
+from kvbm_jax.errors import ConfigError, UnreadableSegmentError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.protocols import BlockKey, BlockRecord
 
-__all__ = ["RECORD_NAME", "SegmentRecord", "StoredBlock", "UnreadableSegmentError", "block_name", "decode", "encode"]
+__all__ = ["RECORD_NAME", "SegmentRecord", "StoredBlock", "block_name", "decode", "encode"]
 
 RECORD_NAME = "record"
 _MAGIC = b"KVBMSEG1"
 _CHECKSUM_BYTES = 8
 _BODY = len(_MAGIC) + _CHECKSUM_BYTES
-
-
-class UnreadableSegmentError(KvbmError, ValueError):
-    """A segment's record is missing, damaged, or of a format that this library does not know."""
 
 
 class StoredBlock(msgspec.Struct, frozen=True, array_like=True):
