@@ -25,8 +25,9 @@ from typing import Annotated, Any, Self
 
 import numpy as np
 
-from kvbm_jax import eviction
+from kvbm_jax import eviction, extensions
 from kvbm_jax.errors import ConfigError
+from kvbm_jax.events import outlets
 from kvbm_jax.hashing import HashAlgorithm
 from kvbm_jax.tenants import TenantQuotas
 
@@ -120,8 +121,19 @@ class KvBlockManagerConfig:
         TenantQuotas | None,
         _Says("limits of tenants: blocks that each may hold, or its part of the device's blocks; * is all others"),
     ] = None
-    events: Annotated[EventTransport, _Says("where events are published")] = EventTransport.INPROC
-    events_url: Annotated[str | None, _Says("address of the events; needs events = nats or zmq")] = None
+    host_allocator: Annotated[
+        str, _Says("where the host tier's memory comes from: anonymous, huge_pages, or one that a package offers")
+    ] = "anonymous"
+    disk_store: Annotated[str, _Says("what the disk tier is: segments, or one that a package offers")] = "segments"
+    offload_policy: Annotated[
+        str, _Says("which evicted blocks are offered to the tiers below: always, or one that a package offers")
+    ] = "always"
+    events: Annotated[
+        str, _Says("where events are published: inproc, nats, zmq, none, or a transport that a package offers")
+    ] = EventTransport.INPROC
+    events_url: Annotated[str | None, _Says("address of the events; needs events = nats, zmq or another transport")] = (
+        None
+    )
     controller: Annotated[
         str | None,
         _Says("where a running manager is controlled: auto, unix:///path or http://host:port; unset: nowhere"),
@@ -156,13 +168,17 @@ class KvBlockManagerConfig:
                 "or enable_offload = false"
             )
         eviction.check_name(self.eviction_policy)
+        extensions.check_name(extensions.HOST_ALLOCATORS, self.host_allocator)
+        extensions.check_name(extensions.BLOCK_STORES, self.disk_store)
+        extensions.check_name(extensions.OFFLOAD_POLICIES, self.offload_policy)
+        extensions.check_name(outlets.KIND, self.events)
         if self.events_url is not None:
-            if self.events not in {EventTransport.NATS, EventTransport.ZMQ}:
+            if self.events in {EventTransport.INPROC, EventTransport.NONE}:
                 raise ConfigError(
-                    f"events_url = {self.events_url!r} but events = {self.events}; an address needs "
-                    f"events = nats or zmq"
+                    f"events_url = {self.events_url!r} but events = {self.events}; an address needs a transport, "
+                    "events = nats or zmq for example"
                 )
-            if "://" not in self.events_url:
+            if self.events in {EventTransport.NATS, EventTransport.ZMQ} and "://" not in self.events_url:
                 raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
         if self.controller_token_file is not None and self.controller is None:
             raise ConfigError(

@@ -9,17 +9,15 @@ without arguments that returns one.
 Its name is then a value of the configuration's `eviction_policy`. Built-in names cannot be taken over.
 """
 
-import difflib
 import functools
-from importlib import metadata
-from typing import Final
+from typing import Any, Final
 
-from kvbm_jax import policies
+from kvbm_jax import extensions, policies
 from kvbm_jax.errors import ConfigError
 
-__all__ = ["GROUP", "check_name", "find"]
+__all__ = ["KIND", "check_name", "find"]
 
-GROUP: Final = "kvbm_jax.eviction_policies"
+KIND: Final = extensions.Kind("eviction policy", "kvbm_jax.eviction_policies", policies.NAMES)
 
 
 def check_name(name: str) -> str:
@@ -28,16 +26,7 @@ def check_name(name: str) -> str:
     Raises:
       ConfigError: if there is no such policy.
     """
-    if name not in policies.NAMES:
-        offered = metadata.entry_points(group=GROUP).names
-        if name not in offered:
-            known = [*policies.NAMES, *sorted(offered - set(policies.NAMES))]
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)
-            raise ConfigError(
-                f"{name!r} is no eviction policy; choose from {', '.join(known)} (the nearest is {nearest[0]!r}), or "
-                f"install a package that offers it by an entry point of {GROUP}"
-            )
-    return name
+    return name if name in policies.NAMES else extensions.check_name(KIND, name)
 
 
 @functools.cache
@@ -47,17 +36,16 @@ def find(name: str) -> policies.EvictionPolicy:
     Raises:
       ConfigError: if there is none, it cannot be loaded, or what is offered is no policy.
     """
-    if check_name(name) in policies.NAMES:
+    if name in policies.NAMES:
         return policies.named(name)
-    entry = next(iter(metadata.entry_points(group=GROUP, name=name)))
-    try:
-        offered = entry.load()
-        policy = offered if isinstance(offered, policies.EvictionPolicy) else offered()
-    except Exception as error:
-        raise ConfigError(f"the eviction policy {name!r} ({entry.value}) cannot be loaded: {error}") from error
+    return extensions.load(KIND, name, _policy_of)
+
+
+def _policy_of(offered: Any) -> policies.EvictionPolicy:
+    policy = offered if isinstance(offered, policies.EvictionPolicy) else offered()
     if not isinstance(policy, policies.EvictionPolicy):
         raise ConfigError(
-            f"the eviction policy {name!r} ({entry.value}) is a {type(policy).__name__}; offer an EvictionPolicy, or a "
-            "function without arguments that returns one"
+            f"an eviction policy was to be loaded, and a {type(policy).__name__} is there; offer an EvictionPolicy, or "
+            "a function without arguments that returns one"
         )
     return policy

@@ -25,6 +25,7 @@ __all__ = [
     "StoreFuture",
     "StoreStats",
     "BlockStore",
+    "OffloadPolicy",
     "EventSink",
     "MetricsSink",
     "Clock",
@@ -198,6 +199,14 @@ class BlockStore(Protocol):
 
     def close(self) -> None:
         """Waits for what has begun, cancels what has not, and lets go of memory and files. Idempotent."""
+        ...
+
+
+class OffloadPolicy(Protocol):
+    """Chooses which of the blocks that the device gives up go to the tiers below; the others are gone."""
+
+    def select(self, records: Sequence[BlockRecord]) -> Sequence[bool]:
+        """Tells for each block, in order of eviction, whether it is offered. The serving thread calls it."""
         ...
 
 

@@ -3,16 +3,20 @@
 import contextlib
 from collections.abc import Sequence
 
+from kvbm_jax import extensions
 from kvbm_jax.config import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
+from kvbm_jax.offload.allocator import Allocator, AnonymousAllocator
 from kvbm_jax.offload.engine import OffloadEngine
 from kvbm_jax.offload.host import HostBlockStore
-from kvbm_jax.protocols import BlockStore, Clock, MetricsSink
+from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, OffloadPolicy
 
 __all__ = ["identity_of", "open_engine", "open_stores"]
+
+_STORE_METHODS = ("put", "get", "delete", "contains", "records", "stats", "close")
 
 
 def identity_of(config: KvBlockManagerConfig, layout: KVLayout) -> CacheIdentity:
@@ -47,7 +51,13 @@ def open_engine(
         if not stores:
             return None
         engine = OffloadEngine(
-            layout, stores, identity=identity_of(config, layout), publisher=publisher, metrics=metrics, clock=clock
+            layout,
+            stores,
+            identity=identity_of(config, layout),
+            publisher=publisher,
+            metrics=metrics,
+            clock=clock,
+            policy=_offload_policy(config.offload_policy),
         )
         opened.pop_all()
     return engine
@@ -71,7 +81,10 @@ def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) ->
     stores: list[BlockStore] = []
     try:
         if config.host_blocks:
-            stores.append(HostBlockStore(layout.block_bytes, config.host_blocks, identity=identity))
+            allocator = _allocator(config.host_allocator)
+            stores.append(
+                HostBlockStore(layout.block_bytes, config.host_blocks, identity=identity, allocator=allocator)
+            )
         if config.disk_bytes:
             stores.append(_open_disk(config, layout, identity, clock))
     except BaseException:
@@ -81,7 +94,33 @@ def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) ->
     return stores
 
 
+def _offload_policy(name: str) -> OffloadPolicy | None:
+    if name == "always":
+        return None
+    policy: OffloadPolicy = extensions.load(
+        extensions.OFFLOAD_POLICIES, name, lambda offered: offered(), methods=("select",)
+    )
+    return policy
+
+
+def _allocator(name: str) -> Allocator:
+    if name in extensions.HOST_ALLOCATORS.builtin:
+        return AnonymousAllocator(huge_pages=name == "huge_pages")
+    allocator: Allocator = extensions.load(
+        extensions.HOST_ALLOCATORS, name, lambda offered: offered(), methods=("allocate", "release")
+    )
+    return allocator
+
+
 def _open_disk(config: KvBlockManagerConfig, layout: KVLayout, identity: CacheIdentity, clock: Clock) -> BlockStore:
+    if config.disk_store not in extensions.BLOCK_STORES.builtin:
+        store: BlockStore = extensions.load(
+            extensions.BLOCK_STORES,
+            config.disk_store,
+            lambda offered: offered(config, identity, layout.block_bytes),
+            methods=_STORE_METHODS,
+        )
+        return store
     from kvbm_jax.offload.segments import SegmentBlockStore  # noqa: PLC0415 (Orbax takes seconds to import)
 
     return SegmentBlockStore(

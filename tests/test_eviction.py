@@ -318,7 +318,7 @@ def test_packages_offer_policies_of_their_own(tmp_path, monkeypatch):
     (about / "METADATA").write_text("Metadata-Version: 2.1\nName: offering\nVersion: 1.0\n")
     names = {"oldest": "oldest", "made": "made", "broken": "broken", "number": "number", "absent": "absent"}
     entries = "\n".join(f"{name} = offering:{value}" for name, value in names.items())
-    (about / "entry_points.txt").write_text(f"[{eviction.GROUP}]\n{entries}\nlru = offering:broken\n")
+    (about / "entry_points.txt").write_text(f"[{eviction.KIND.group}]\n{entries}\nlru = offering:broken\n")
     monkeypatch.syspath_prepend(tmp_path)
     importlib.metadata.MetadataPathFinder.invalidate_caches()
 
@@ -330,7 +330,7 @@ def test_packages_offer_policies_of_their_own(tmp_path, monkeypatch):
     for name, message in (
         ("broken", "cannot be loaded: no such table"),
         ("absent", "cannot be loaded"),
-        ("number", "is a int; offer an EvictionPolicy"),
+        ("number", "a int is there; offer an EvictionPolicy"),
     ):
         with pytest.raises(ConfigError, match=message):
             eviction.find(name)

@@ -6,17 +6,17 @@ function `(worker_id, url, metrics) -> EventSink`, called once by each manager t
 configuration names none.
 """
 
-import importlib.metadata
 from collections.abc import Callable
+from typing import Final
 
-from kvbm_jax.errors import ConfigError
+from kvbm_jax import extensions
 from kvbm_jax.events.schema import KvEventBatch
 from kvbm_jax.events.sinks import FanOutSink
 from kvbm_jax.protocols import EventSink, MetricsSink
 
-__all__ = ["GROUP", "TransportFactory", "open_outlet"]
+__all__ = ["KIND", "TransportFactory", "open_outlet"]
 
-GROUP = "kvbm_jax.event_transports"
+KIND: Final = extensions.Kind("event transport", "kvbm_jax.event_transports", ("inproc", "nats", "zmq", "none"))
 
 type TransportFactory = Callable[[str, str | None, MetricsSink], EventSink[KvEventBatch]]
 
@@ -37,9 +37,8 @@ def open_outlet(
       ConfigError: There is no such transport.
       KvbmError: What the transport says against it: its package is missing, nobody is there, ...
     """
-    found = importlib.metadata.entry_points(group=GROUP, name=transport)
-    if not found:
-        names = sorted(point.name for point in importlib.metadata.entry_points(group=GROUP))
-        raise ConfigError(f"there is no event transport {transport!r}; installed are {', '.join(names) or 'none'}")
-    factory: TransportFactory = next(iter(found)).load()
-    return FanOutSink([bus, factory(worker_id, url, metrics)])
+
+    def use(factory: TransportFactory) -> EventSink[KvEventBatch]:
+        return factory(worker_id, url, metrics)
+
+    return FanOutSink([bus, extensions.load(KIND, transport, use, methods=("publish", "close"))])

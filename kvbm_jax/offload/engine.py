@@ -45,6 +45,7 @@ from kvbm_jax.protocols import (
     BlockStore,
     Clock,
     MetricsSink,
+    OffloadPolicy,
     Outcome,
     StoreRow,
     StoreStats,
@@ -97,6 +98,7 @@ class OffloadEngine:
       publisher: tells events.
       metrics: counts what crosses each edge.
       clock: for durations.
+      policy: which evicted blocks the tiers are offered; None for all.
       max_bytes_in_flight: bound of the memory that moves may hold.
 
     Raises:
@@ -112,6 +114,7 @@ class OffloadEngine:
         publisher: EventPublisher,
         metrics: MetricsSink,
         clock: Clock,
+        policy: OffloadPolicy | None = None,
         max_bytes_in_flight: int = _MAX_BYTES_IN_FLIGHT,
     ) -> None:
         _check_stores(stores, layout, identity)
@@ -124,6 +127,7 @@ class OffloadEngine:
         self._max_bytes = max_bytes_in_flight
         self._metrics = metrics
         self._clock = clock
+        self._policy = policy
         self._ring = StagingRing(layout)
         self._buffers = BufferPool()
         self._announcer = TierAnnouncer(publisher)
@@ -156,6 +160,7 @@ class OffloadEngine:
         them.
         """
         self._forget_lost()
+        evicted = self._select(evicted)
         new = sum(self._tiers.locate(block.record.key) is not self._top for block in evicted)
         staged, in_flight = self._ring.bytes_for(new), self._mover.bytes_in_flight
         needed = staged + new * self._block_bytes  # each may push another one down
@@ -388,6 +393,19 @@ class OffloadEngine:
         for key in rows:
             self._tiers.discard(key, tier)
         self._mover.forget(tier, {key: row.block_id or 0 for key, row in rows.items()})
+
+    def _select(self, evicted: Sequence[Resident]) -> Sequence[Resident]:
+        """Returns the blocks that the policy has offered below; the others are told as gone."""
+        if self._policy is None or not evicted:
+            return evicted
+        try:
+            chosen = [bool(choice) for choice in self._policy.select([block.record for block in evicted])]
+            pairs = list(zip(evicted, chosen, strict=True))
+        except Exception:  # noqa: BLE001 (a policy of the user's may raise anything; without its word all are offered)
+            _LOG.exception("the offload policy failed on %d blocks", len(evicted))
+            return evicted
+        self._announcer.deleted(Tier.G1, {block.record.key: block.block_id for block, choice in pairs if not choice})
+        return [block for block, choice in pairs if choice]
 
     def _count_dropped(self, blocks: int) -> None:
         """Counts evicted blocks that go nowhere because too much is under way."""
