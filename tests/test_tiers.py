@@ -81,12 +81,13 @@ def test_hits_are_those_of_the_rule_and_contents_are_right(capacities, seed):
 
 
 def test_real_stores_follow_the_rule_too(tmp_path):
-    model = TierModel(32, {Tier.G2: 12, Tier.G3: 10_000})
+    model, from_disk = TierModel(32, {Tier.G2: 12, Tier.G3: 10_000}), 0
     with make(32, **disk(tmp_path, host_blocks=12)) as manager:
         for ids in requests(7, 120):
             expected = {tier: count * SIZE for tier, count in model.serve(ids).items() if count}
             assert serve(manager, tokens_of(ids)) == expected
-        assert manager.tier_stats()[Tier.G3].hits > 50
+            from_disk += expected.get(Tier.G3, 0)
+        assert from_disk > 50 * SIZE  # read back, or still on their way there
 
 
 def test_an_evicted_prefix_comes_back_from_host_memory_and_is_on_the_device_again():
