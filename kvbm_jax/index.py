@@ -41,7 +41,7 @@ _EXCESS: Final = 1e-13  # probability that a pass has more rows than it takes
 class BlockIndex:
     """Table from key to block. Keys themselves live beside the blocks, in `keys`."""
 
-    table: jax.Array  # i32[S, W, 2]: block ids (N where empty), and their fingerprints as bits
+    table: jax.Array  # i32[S, W, 2]: block ids, and their fingerprints as bits; 0 where a way is empty
     keys: jax.Array  # u32[N, 5]: key of each registered block
     ways: jax.Array  # i32[N]: place in `table` of each registered block, as set * W + way; S * W if none
     seed: jax.Array  # u32[]: of the mix that chooses sets and fingerprints
@@ -53,7 +53,7 @@ def init(num_blocks: int, seed: int = 0) -> BlockIndex:
     while sets * _WAYS < 2 * num_blocks:
         sets *= 2
     return BlockIndex(
-        table=jnp.zeros((sets, _WAYS, 2), jnp.int32).at[:, :, 0].set(num_blocks),
+        table=jnp.zeros((sets, _WAYS, 2), jnp.int32),
         keys=jnp.zeros((num_blocks, KEY_WORDS), jnp.uint32),
         ways=jnp.full((num_blocks,), sets * _WAYS, jnp.int32),
         seed=jnp.uint32(seed),
@@ -158,11 +158,11 @@ def _probe(index: BlockIndex, words: Sequence[jax.Array]) -> _Probe:
 def _find(index: BlockIndex, words: Sequence[jax.Array], probe: _Probe) -> jax.Array:
     """The blocks that hold keys of these words, i32[M]; N where none does."""
     num_blocks = index.ways.shape[0]
-    block = jnp.full(probe.sets.shape, num_blocks, jnp.int32)
+    place = jnp.full(probe.sets.shape, -1, jnp.int32)  # no two ways of a set have the same fingerprint
     for way in range(_WAYS):  # unrolled: XLA's loops over a short axis are slow
-        hit = probe.rows[..., way, 1] == probe.fingerprints[None]
-        block = jnp.where(hit, jnp.minimum(block, probe.rows[..., way, 0]), block)
-    block = fence(block)
+        place = jnp.where(probe.rows[..., way, 1] == probe.fingerprints[None], way, place)
+    place = fence(jnp.where(place < 0, _nowhere(index.table), probe.sets * _WAYS + place))
+    block = fence(index.table.reshape(-1, 2).at[place, 0].get(**FILL, fill_value=num_blocks))
     held = index.keys.at[block].get(**FILL, fill_value=0)
     equal = block < num_blocks
     for i, word in enumerate(words):
@@ -188,7 +188,7 @@ class _Outcome(NamedTuple):
     pending: jax.Array  # bool[M]
 
 
-def _free_ways(rows: jax.Array, fingerprints: jax.Array, num_blocks: int) -> jax.Array:
+def _free_ways(rows: jax.Array, fingerprints: jax.Array) -> jax.Array:
     """Which ways of table rows i32[2, M, W, 2] may take an entry of fingerprints i32[M]: u32[2, M], a bit for each.
 
     None, where the set has that fingerprint already.
@@ -196,9 +196,8 @@ def _free_ways(rows: jax.Array, fingerprints: jax.Array, num_blocks: int) -> jax
     free = jnp.zeros(rows.shape[:2], jnp.uint32)
     taken = jnp.zeros(rows.shape[:2], bool)
     for way in range(_WAYS):
-        empty = rows[..., way, 0] == num_blocks
-        free |= jnp.where(empty, jnp.uint32(1 << way), 0)
-        taken |= ~empty & (rows[..., way, 1] == fingerprints[None])
+        free |= jnp.where(rows[..., way, 1] == 0, jnp.uint32(1 << way), 0)
+        taken |= rows[..., way, 1] == fingerprints[None]
     return jnp.where(taken, 0, free)
 
 
@@ -208,7 +207,7 @@ def _claim(table: jax.Array, rows: _Rows, content: jax.Array, mask: jax.Array, n
     `content` i32[2, M, W, 2] is what the table has in these sets.
     """
     count, nowhere = rows.blocks.shape[0], _nowhere(table)
-    free = fence(_free_ways(content, rows.fingerprints, num_blocks))
+    free = fence(_free_ways(content, rows.fingerprints))
     num_free = jax.lax.population_count(free)
     second = num_free[1] > num_free[0]
     chosen = jnp.where(second, free[1], free[0])
@@ -236,7 +235,7 @@ def _settle(table: jax.Array, rows: _Rows, content: jax.Array, mask: jax.Array, 
     in these sets.
     """
     count, nowhere = rows.blocks.shape[0], _nowhere(table)
-    free = fence(_free_ways(content, rows.fingerprints, num_blocks))
+    free = fence(_free_ways(content, rows.fingerprints))
     num_free = jax.lax.population_count(free).astype(jnp.int32)
     order = jnp.arange(count, dtype=jnp.int32)
     earlier = (order[None, :] < order[:, None]) & mask[None, :]
@@ -274,13 +273,12 @@ def _nowhere(table: jax.Array) -> int:
 
 def delete(index: BlockIndex, blocks: jax.Array) -> BlockIndex:
     """Takes blocks, i32[M] padded with N, out of the index; one that is not in it stays as it is."""
-    num_blocks = index.ways.shape[0]
     nowhere = _nowhere(index.table)
     ways = index.ways.at[blocks].get(**FILL, fill_value=nowhere)
     old, ways = fence((index.ways, ways))
     return replace(
         index,
-        table=index.table.reshape(-1, 2).at[ways, 0].set(num_blocks, **DROP).reshape(index.table.shape),
+        table=index.table.reshape(-1, 2).at[ways].set(0, **DROP).reshape(index.table.shape),
         ways=old.at[blocks].set(nowhere, **DROP),
     )
 
@@ -299,7 +297,7 @@ def rebuild(index: BlockIndex, seed: jax.Array) -> tuple[BlockIndex, jax.Array]:
     chunks = -(-num_blocks // chunk)
     empty = replace(
         index,
-        table=index.table.at[:, :, 0].set(num_blocks),
+        table=jnp.zeros_like(index.table),
         ways=jnp.full_like(index.ways, _nowhere(index.table)),
         seed=jnp.asarray(seed, jnp.uint32),
     )
@@ -357,7 +355,7 @@ def _mix(words: Sequence[jax.Array], seed: jax.Array, num_sets: int) -> tuple[ja
         return _finalise(functools.reduce(jnp.add, (word * multipliers[first + i] for i, word in enumerate(words))))
 
     first, second = fence((multilinear(0), multilinear(KEY_WORDS)))
-    fingerprint = _finalise(first + (second << 16 | second >> 16))
+    fingerprint = jnp.maximum(_finalise(first + (second << 16 | second >> 16)), 1)  # 0 marks an empty way
     sets = jnp.stack([first, second]) & jnp.uint32(num_sets - 1)
     return sets.astype(jnp.int32), jax.lax.bitcast_convert_type(fingerprint, jnp.int32)
 

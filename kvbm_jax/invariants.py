@@ -90,7 +90,7 @@ def check(state: PoolState, holders: jax.Array | None = None) -> Violations:
     registered = block_index.is_registered(state.index, blocks)
     keys = state.index.keys
     found = block_index.lookup(state.index, keys[:, :4], keys[:, 4])
-    entries_in_table = jnp.sum(state.index.table[:, :, 0] != num_blocks)
+    entries_in_table = jnp.sum(state.index.table[:, :, 1] != 0)
 
     def count(mask: jax.Array) -> jax.Array:
         return jnp.sum(mask, dtype=jnp.int32)
