@@ -6,8 +6,8 @@ The library logs under `kvbm_jax` and installs nothing by itself. `configure` gi
     with logs.context(request_id="r-17"):
         seq = manager.start(prompt)
 
-    {"time": "2026-11-24T18:00:00.123Z", "level": "debug", "logger": "kvbm_jax.manager", "message": "a sequence begins",
-     "request_id": "r-17", "row": 0, "tokens": 40, "found": {"g1": 32}}
+    {"time": "2026-11-24T18:00:00.123Z", "level": "debug", "logger": "kvbm_jax.request_log", "message": "a
+     sequence begins", "request_id": "r-17", "row": 0, "tokens": 40, "found": {"g1": 32}}
 
 Allocations, evictions, offloads and loads are told at level debug, what goes wrong at warning and error; each with the
 blocks concerned. What repeats is told a few times a second, and then how often it was not. A context is that of the

@@ -30,7 +30,6 @@ import numpy as np
 from jax.typing import ArrayLike
 from numpy.typing import NDArray
 
-from kvbm_jax import logs
 from kvbm_jax.admission import Admission, Prepared
 from kvbm_jax.agreement import Agreement, agree_alone
 from kvbm_jax.cache import KVCache
@@ -58,8 +57,9 @@ from kvbm_jax.offload.engine import FlushReport, Wait
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
-from kvbm_jax.protocols import BlockStore, Clock, EventSink, MetricsSink, StoreStats, Tier
+from kvbm_jax.protocols import BlockStore, Clock, EventSink, MetricsSink, RequestObserver, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
+from kvbm_jax.request_log import RequestLog
 from kvbm_jax.residency import Residency
 from kvbm_jax.roster import Roster
 from kvbm_jax.sequences import SequenceBatch
@@ -119,6 +119,7 @@ class BlockManager:
       max_sequences: how many sequences may run at once.
       max_sequence_tokens: bound of the length of one; None = the whole pool.
       metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
+      observer: is told of requests, `kvbm_jax.monitoring.tracing.RequestTracer` for example; None for nobody.
       clock: time for events and durations; None = the system's.
       stores: the tiers below the device, the fastest first, closed with the manager; None = those of `config`.
       eviction_policy: which cached block of the device goes first: the name of a policy, a policy of
@@ -142,6 +143,7 @@ class BlockManager:
         max_sequences: int = 8,
         max_sequence_tokens: int | None = None,
         metrics: MetricsSink | None = None,
+        observer: RequestObserver[Sequence] | None = None,
         clock: Clock | None = None,
         stores: abc.Sequence[BlockStore] | None = None,
         eviction_policy: str | EvictionPolicy | ScoreFunction | None = None,
@@ -187,7 +189,8 @@ class BlockManager:
                 engine.close(0)
             self._sink.close()
             raise
-        self._roster = Roster(max_sequences)
+        self._requests = RequestLog(self._metrics, observer)
+        self._roster = Roster(max_sequences, self._requests.left)
         self._progress = Progress(self._device, self._roster)
         self._admission = Admission(self._device, self._roster, self._progress, agreement)
         self._loops = Loops(self._device, self._roster, self._progress)
@@ -277,13 +280,8 @@ class BlockManager:
         self._check_open()
         if seq.hasher != self._hasher:  # it ran before `reblock`
             seq.rehash(self._hasher)
-        self._admit(self._admission.prepare(seq))
-        self._metrics.count("kvbm_prefix_query_tokens_total", len(seq.tokens))
-        for tier, found in seq.hits.items():
-            self._metrics.count("kvbm_prefix_hit_tokens_total", found, tier=tier.label)
-        if _LOG.isEnabledFor(logging.DEBUG):
-            hits = {tier.label: tokens for tier, tokens in seq.hits.items() if tokens}
-            _LOG.debug("a sequence begins", extra=logs.fields(row=seq.row, tokens=len(seq.tokens), found=hits))
+        with self._requests.admission(seq):
+            self._admit(self._admission.prepare(seq))
 
     @_whole
     def _admit(self, prepared: Prepared) -> None:
@@ -298,7 +296,9 @@ class BlockManager:
         Raises:
           BlockStateError: if it is not running, or `max_sequences` are.
         """
-        return self._progress.fork(seq)
+        copy = self._progress.fork(seq)
+        self._requests.forked(copy)
+        return copy
 
     @_whole
     def trim(self, seq: Sequence, num_tokens: int) -> None:

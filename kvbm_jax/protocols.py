@@ -27,6 +27,7 @@ __all__ = [
     "BlockStore",
     "OffloadPolicy",
     "EventSink",
+    "RequestObserver",
     "MetricsSink",
     "Clock",
 ]
@@ -219,6 +220,22 @@ class EventSink[BatchT](Protocol):
 
     def close(self) -> None:
         """Ends the stream: what was published is delivered, then consumers see the end. Idempotent."""
+        ...
+
+
+class RequestObserver[SequenceT](Protocol):
+    """Is told of requests, by the thread that calls the manager; cheap, and never waits."""
+
+    def began(self, seq: SequenceT, /) -> None:
+        """A sequence is to begin: nothing has been looked for yet."""
+        ...
+
+    def admitted(self, seq: SequenceT, /) -> None:
+        """It has its blocks."""
+        ...
+
+    def ended(self, seq: SequenceT, error: BaseException | None, /) -> None:
+        """It was released, or lost with the cache; or, with an error, it could not begin."""
         ...
 
 

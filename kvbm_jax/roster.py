@@ -1,6 +1,6 @@
 """Which sequences run, and in which rows of the batch."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from kvbm_jax.errors import BlockStateError
 from kvbm_jax.handles import Sequence
@@ -13,10 +13,12 @@ class Roster:
 
     Args:
       max_sequences: rows of the batch.
+      on_leave: is told of each that runs no more.
     """
 
-    def __init__(self, max_sequences: int) -> None:
+    def __init__(self, max_sequences: int, on_leave: Callable[[Sequence], object]) -> None:
         self.max_sequences = max_sequences
+        self._on_leave = on_leave
         self._running: dict[int, Sequence] = {}
 
     def __iter__(self) -> Iterator[Sequence]:
@@ -46,6 +48,7 @@ class Roster:
         """Has a sequence run no more."""
         del self._running[seq.row]
         seq.released = True
+        self._on_leave(seq)
 
     def require(self, seq: Sequence) -> None:
         """Raises `BlockStateError` unless a sequence is running."""

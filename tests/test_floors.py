@@ -58,6 +58,7 @@ FLOORS = {
         "reblock",
         "residency",
         "resize_plan",
+        "request_log",
         "roster",
         "device_cache",
         "device_tier",

@@ -169,7 +169,7 @@ def test_a_manager_tells_what_happens_to_requests_and_blocks(written):
     for line in written():
         told.setdefault((line.get("request_id"), line["message"]), []).append(line)
     [began] = told["three", "a sequence begins"]
-    assert (began["tokens"], began["found"], began["logger"]) == (13, {"g2": 12}, "kvbm_jax.manager")
+    assert (began["tokens"], began["found"], began["logger"]) == (13, {"g2": 12}, "kvbm_jax.request_log")
     [allocated] = told["two", "blocks allocated"]
     assert len(allocated["evicted"]) == 3
     moved = [line for line in told[None, "blocks moved"] if line["source"] == "g1"]
