@@ -13,8 +13,9 @@ import pytest
 from kvbm_jax.bench import hash as hash_bench
 from kvbm_jax.bench import offload
 from kvbm_jax.bench import pool as pool_bench
-from kvbm_jax.bench.timing import BenchError, Row, Timing
+from kvbm_jax.bench.timing import Row, Timing
 from kvbm_jax.cli import main
+from kvbm_jax.errors import BenchError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.offload.segments import SegmentBlockStore
