@@ -126,9 +126,7 @@ class NatsConnection:
                     **{name: value for name, value in options.items() if value is not None},
                 )
         except Exception as error:  # what is wrong with a file of keys comes as anything
-            with contextlib.suppress(AssertionError, *_LOST):  # where nothing has begun, or TLS has half
-                async with asyncio.timeout(1.0):
-                    await client.close()
+            await _close(client)
             if not isinstance(error, _LOST) and (self.creds or self.nkey):
                 raise TransportError(
                     f"{self.creds or self.nkey} holds no key of a NATS user: {_one_line(error)}"
@@ -188,6 +186,7 @@ class NatsThread:
         self._unfinished = unfinished
         self._ended = ended
         self._task: asyncio.Task[None] | None = None
+        self._pause, self._told = _PAUSE, False  # before the next attempt; whether this outage is in the log
         self._first: concurrent.futures.Future[None] = concurrent.futures.Future()
         self.loop = asyncio.new_event_loop()
         self.stopping = asyncio.Event()
@@ -208,6 +207,7 @@ class NatsThread:
 
     def ready(self) -> None:
         """Says that the session has begun well."""
+        self._pause, self._told = _PAUSE, False
         if not self._first.done():
             self._first.set_result(None)
 
@@ -244,28 +244,30 @@ class NatsThread:
 
     async def _stay(self) -> None:
         self._task = asyncio.current_task()
-        pause, told = _PAUSE, False
         while not self.stopping.is_set() or self._unfinished():
             try:
                 connection = await asyncio.to_thread(self._resolve)
                 client = await connection.connect(self._wake)
                 try:
                     await self._session(client)
-                    pause, told = _PAUSE, False
                 except asyncio.CancelledError:
                     if self._task is not None and self._task.cancelling():
                         raise
                     raise nats.errors.ConnectionClosedError from None  # how the client tells who waits for a message
+                except Exception as error:
+                    if client.is_connected:
+                        raise
+                    raise nats.errors.ConnectionClosedError from error  # the client says it in many ways
                 finally:
-                    await client.close()
+                    await _close(client)
             except (TransportError, *_LOST) as error:
                 if not self._first.done():
                     raise self._refusal(error) from error
-                if not told:
-                    told = True
+                if not self._told:
+                    self._told = True
                     _LOG.warning("the NATS connection was lost, and is tried again and again: %s", _one_line(error))
-            await self._rest(pause)
-            pause = min(2 * pause, _LONGEST_PAUSE)
+            await self._rest(self._pause)
+            self._pause = min(2 * self._pause, _LONGEST_PAUSE)
 
     @staticmethod
     def _refusal(error: Exception) -> TransportError:
@@ -277,6 +279,13 @@ class NatsThread:
             return
         with contextlib.suppress(TimeoutError):  # what is waited for may not come
             await asyncio.wait_for(self.stopping.wait(), seconds)
+
+
+async def _close(client: Client) -> None:
+    """Closes a client in whatever state: never begun, half way through TLS, cut off."""
+    with contextlib.suppress(Exception):
+        async with asyncio.timeout(1.0):
+            await client.close()
 
 
 def _one_line(error: BaseException) -> str:
