@@ -250,3 +250,17 @@ def test_help_starts_no_back_end():
     argv = [sys.executable, "-W", "error", "-c", probe]
     done = subprocess.run(argv, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.startswith("usage: kvbm-jax bench offload")
+
+
+@pytest.mark.long
+def test_events_are_timed_beside_bare_loops(capsys):
+    assert main(["bench", "events", "--blocks", "640", "--repeats", "1", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["bench"] == "events"
+    assert [row["case"] for row in found["rows"]] == [
+        "zmq 64 blocks a message, 10 messages",
+        "zmq 1 blocks a message, 160 messages",
+        "jetstream one block a message, 64 messages",
+    ]
+    for row in found["rows"]:
+        assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])

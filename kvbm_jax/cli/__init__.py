@@ -11,7 +11,7 @@ import warnings
 from collections.abc import Callable, Sequence
 
 from kvbm_jax import __version__
-from kvbm_jax.cli import bench, config, control, dashboard, doctor, inspect, replay
+from kvbm_jax.cli import bench, config, control, dashboard, doctor, events, inspect, replay
 from kvbm_jax.cli.report import Report
 from kvbm_jax.errors import KvbmError
 
@@ -43,7 +43,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"kvbm-jax {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     modules = {
-        module.__name__.rpartition(".")[2]: module for module in (replay, inspect, config, bench, doctor, dashboard)
+        module.__name__.rpartition(".")[2]: module
+        for module in (replay, inspect, config, bench, events, doctor, dashboard)
     }
     for name, asked in (modules | {asked.name: asked for asked in control.COMMANDS}).items():
         command = commands.add_parser(name, help=asked.SUMMARY, description=asked.SUMMARY.capitalize() + ".")

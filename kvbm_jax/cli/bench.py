@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Concatenate
 
 from kvbm_jax.cli.arguments import at_least, folder
 from kvbm_jax.cli.report import Report, progress
+from kvbm_jax.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from kvbm_jax.bench.timing import Row, Timing
@@ -16,6 +17,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "time parts of the library beside a baseline"
 _OFFLOAD = "time how blocks move between device, host memory and disk"
 _POOL = "time the bookkeeping of a server's step"
+_EVENTS = "time how events are published over ZeroMQ and to JetStream"
 _HASH = "time how the blocks of a sequence are hashed"
 
 
@@ -44,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="blocks of the pool, at least 65536 (default 65536)",
     )
     pools.set_defaults(bench=_pool)
+
+    events = benches.add_parser("events", parents=[common], help=_EVENTS, description=_EVENTS.capitalize() + ".")
+    events.add_argument(
+        "--blocks", type=positive, default=200_000, metavar="N", help="blocks of the longest trial (default 200000)"
+    )
+    events.set_defaults(bench=_events)
 
     hashes = benches.add_parser("hash", parents=[common], help=_HASH, description=_HASH.capitalize() + ".")
     hashes.add_argument(
@@ -84,6 +92,16 @@ def _hash(args: argparse.Namespace) -> Report:
 
     rows = _timed(args.repeats, measure, args.tokens)
     return _report("hash", f"{args.tokens:,} tokens, medians of {args.repeats:,}", rows, args.tokens)
+
+
+def _events(args: argparse.Namespace) -> Report:
+    try:
+        from kvbm_jax.bench.events import measure  # noqa: PLC0415 (the packages of the transports)
+    except ImportError as error:
+        raise MissingDependencyError(f"{error}; the bench needs kvbm-jax[nats,zmq]") from error
+
+    rows = _timed(args.repeats, measure, args.blocks)
+    return _report("events", f"to {args.blocks:,} blocks a trial, medians of {args.repeats:,}", rows)
 
 
 def _timed[**P](

@@ -16,7 +16,7 @@ Decoders are total: any bytes give batches or an `EventDecodeError`, in memory t
 
 import functools
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import msgspec
 
@@ -51,8 +51,12 @@ class EventCodec(Protocol):
         """
         ...
 
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batches of one message, in order.
+
+        Args:
+          data: The message.
+          first_event_id: Ids count up from here, if messages do not say them.
 
         Raises:
           EventDecodeError: The bytes are no message of this codec.
@@ -60,19 +64,19 @@ class EventCodec(Protocol):
         ...
 
 
-def total[CodecT: EventCodec](
-    decode: Callable[[CodecT, bytes], tuple[KvEventBatch, ...]],
-) -> Callable[[CodecT, bytes], tuple[KvEventBatch, ...]]:
-    """Makes every failure of a decoder on bad bytes an `EventDecodeError`."""
+def total[**P](decode: Callable[P, tuple[KvEventBatch, ...]]) -> Callable[P, tuple[KvEventBatch, ...]]:
+    """Makes every failure of a codec's `decode` on bad bytes an `EventDecodeError`."""
 
     @functools.wraps(decode)
-    def whole(self: CodecT, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def whole(*args: P.args, **kwargs: P.kwargs) -> tuple[KvEventBatch, ...]:
+        codec: Any = args[0]
+        data: Any = args[1]
         if len(data) > MAX_MESSAGE_BYTES:
             raise EventDecodeError(f"a message of {len(data):,} bytes; at most {MAX_MESSAGE_BYTES:,} are read")
         try:
-            return decode(self, data)
+            return decode(*args, **kwargs)
         except (msgspec.MsgspecError, UnicodeError, LayoutError, OverflowError, RecursionError) as error:
-            raise EventDecodeError(f"{len(data):,} bytes are no {self.name} message of events: {error}") from error
+            raise EventDecodeError(f"{len(data):,} bytes are no {codec.name} message of events: {error}") from error
 
     return whole
 

@@ -88,7 +88,7 @@ class DynamoCodec:
         return _ENCODER.encode_lines(events)
 
     @total
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batches of all lines, one of each line that is not empty."""
         events = [_DECODER.decode(line) for line in data.split(b"\n") if line.strip()]
         rows = [self._rows(event) for event in events]

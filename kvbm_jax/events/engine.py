@@ -17,7 +17,7 @@ messages arrays, by copies of memory. Other writers' shortest forms are read as 
 """
 
 import math
-from typing import Any
+from typing import Annotated, Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,14 +26,15 @@ from numpy.typing import NDArray
 from kvbm_jax.errors import EventDecodeError, LayoutError
 from kvbm_jax.events.codec import total
 from kvbm_jax.events.runs import Run, runs
-from kvbm_jax.events.schema import EventType, KvEventBatch
+from kvbm_jax.events.schema import EventType, KvEventBatch, Shared
 from kvbm_jax.protocols import Tier
 
 __all__ = ["MEDIA", "EngineCodec"]
 
 MEDIA = {Tier.G1: "GPU", Tier.G2: "CPU", Tier.G3: "STORAGE", Tier.G4: "EXTERNAL"}
+_MEDIUM_OF = (None, *MEDIA.values())  # by a tier's number
 _TIERS = {
-    **{medium: tier for tier, medium in MEDIA.items()},
+    **{medium: int(tier) for tier, medium in MEDIA.items()},
     "CPU_PINNED": Tier.G2,
     "CPU_TIER1": Tier.G2,
     "CPU_TIER2": Tier.G3,
@@ -41,11 +42,15 @@ _TIERS = {
     "FS": Tier.G3,
     "OBJ": Tier.G4,
 }
+_NAMELESS = "event {} has no hash, by which engines name blocks"
 _CREATED, _DELETED, _CLEARED = EventType.CREATED.code, EventType.DELETED.code, EventType.CLEARED.code
 _HASH_BYTES = 16
+_NO_HASH = bytes(_HASH_BYTES)
 _LOW_64 = 2**64 - 1
 _UINT32, _UINT64 = b"\xce", b"\xcf"  # MessagePack's type bytes
-_FEW = 8  # events up to which lists are faster than arrays
+_FEW = 8  # hashes, and below tokens, up to which lists are faster than arrays
+_FEW_TOKENS = 64
+_SHORT = 100  # bytes up to which the same holds for reading
 
 type _Hash = int | bytes
 
@@ -111,7 +116,7 @@ type _Message = _Batch | _ArrayBatch
 _ENCODER = msgspec.msgpack.Encoder()
 _DECODER = msgspec.msgpack.Decoder(_Batch)
 _ARRAY_DECODER = msgspec.msgpack.Decoder(_ArrayBatch)
-_INTEGERS = msgspec.msgpack.Decoder(list[int])
+_TOKENS = msgspec.msgpack.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]])
 _HASHES = msgspec.msgpack.Decoder(list[int | bytes])
 
 
@@ -134,15 +139,17 @@ class EngineCodec:
         Raises:
           LayoutError: An event that names a block has no hash.
         """
+        shared = batch.shared
+        if shared is not None and shared.event_type is EventType.CREATED and shared.num_events == 1:
+            return _ENCODER.encode(_Batch(shared.timestamp / 1e9, [_one_block(shared)], shared.dp_rank))
         events: list[_Told] = []
-        hashes = np.ascontiguousarray(batch.sequence_hashes, "<u4").view("<u8")[:, 0]
         for run in runs(batch):
-            _say(events, batch, run, hashes[run.start : run.stop])
-        seconds = int(batch.timestamps[0]) / 1e9 if len(batch) else 0.0
-        return _ENCODER.encode(_Batch(seconds, events, batch.dp_rank))
+            _say(events, batch, run)
+        timestamp = int(batch.timestamps[0]) if len(batch) else 0
+        return _ENCODER.encode(_Batch(timestamp / 1e9, events, batch.dp_rank))
 
     @total
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batches of a payload: one, or as many as its blocks have sizes."""
         message: _Message
         try:
@@ -157,47 +164,76 @@ class EngineCodec:
         dp_rank = message.dp_rank or 0
         if not 0 <= dp_rank < 2**32:
             raise EventDecodeError(f"dp_rank = {dp_rank}: it is a number in [0, 2**32)")
-        rows = _Rows(self._worker_id, int(message.ts * 1e9), dp_rank)
+        timestamp = int(message.ts * 1e9)
+        if len(message.events) == 1 and isinstance(message.events[0], (_Stored, _StoredArray)):
+            batch = _one_stored(message.events[0], self._worker_id, timestamp, dp_rank, first_event_id)
+            return () if batch is None else (batch,)
+        rows = _Rows(self._worker_id, timestamp, dp_rank, first_event_id)
         for event in message.events:
             rows.add(event)
         return rows.batches()
 
 
-def _say(events: list[_Told], batch: KvEventBatch, run: Run, hashes: NDArray[np.uint64]) -> None:
-    """Appends the events of a run whose blocks have hashes u64[n]."""
+def _one_block(shared: Shared) -> _Stored:
+    """The event of a batch of one block, the shortest way."""
+    block = _first_64(shared.sequence_hashes)
+    if not block:
+        raise LayoutError(_NAMELESS.format(0))
+    listed: Any = [block]  # which the encoder takes as it takes a Raw
+    return _Stored(
+        listed,
+        _first_64(shared.parent_hashes) or None,
+        _integers(shared.token_ids),
+        shared.block_size,
+        None,
+        _MEDIUM_OF[shared.tier],
+        shared.lora_name,
+        shared.group_idx or msgspec.UNSET,
+    )
+
+
+def _say(events: list[_Told], batch: KvEventBatch, run: Run) -> None:
+    """Appends the events of a run."""
     group = run.group_idx or msgspec.UNSET
     medium = None if run.tier is None else MEDIA[run.tier]
     if run.event_type is EventType.CLEARED:
         events.append(_Cleared() if medium is None else _Cleared(medium))
         return
+    hashes = np.ascontiguousarray(batch.sequence_hashes[run.start : run.stop], "<u4").view("<u8")[:, 0]
     if not hashes.all():
-        raise LayoutError(f"event {run.start + int(hashes.argmin())} has no hash, by which engines name blocks")
-    listed = _integers(hashes, _UINT64)
+        raise LayoutError(_NAMELESS.format(run.start + int(hashes.argmin())))
+    listed: Any = hashes.tolist() if len(hashes) <= _FEW else _wide(hashes, _UINT64)
     if run.stores:
-        tokens = batch.token_ids[batch.token_offsets[run.start] : batch.token_offsets[run.stop]]
-        parent = int.from_bytes(batch.parent_hashes[run.start, :2].astype("<u4").tobytes(), "little")
-        events.append(
-            _Stored(
-                listed,
-                parent or None,
-                _integers(tokens, _UINT32),
-                batch.block_size,
-                None,
-                medium,
-                run.lora_name,
-                group,
-            )
-        )
+        if batch.shared is not None:
+            each = batch.shared.tokens_each
+            tokens = batch.token_ids[run.start * each : run.stop * each]
+        else:
+            tokens = batch.token_ids[batch.token_offsets[run.start] : batch.token_offsets[run.stop]]
+        parent = _first_64(batch.parent_hashes[run.start]) or None
+        events.append(_Stored(listed, parent, _integers(tokens), batch.block_size, None, medium, run.lora_name, group))
     if run.event_type is not EventType.CREATED:
         gone = run.tier if run.from_tier is None else run.from_tier
         events.append(_Removed(listed, None if gone is None else MEDIA[gone], group))
 
 
-def _integers(values: NDArray[np.unsignedinteger], type_byte: bytes) -> Any:
-    """An array as what the encoder takes for a list of integers."""
+def _first_64(hashes: NDArray[np.uint32] | bytes | None) -> int:
+    """The first 64 bits of the first of some hashes; 0 for none."""
+    if hashes is None:
+        return 0
+    data = hashes if isinstance(hashes, bytes) else hashes.astype("<u4", copy=False).tobytes()
+    return int.from_bytes(data[:8], "little")
+
+
+def _integers(tokens: NDArray[np.uint32] | list[int]) -> Any:
+    """Tokens as what the encoder takes for a list of integers."""
+    if isinstance(tokens, list):
+        return tokens
+    return tokens.tolist() if len(tokens) <= _FEW_TOKENS else _wide(tokens, _UINT32)
+
+
+def _wide(values: NDArray[np.unsignedinteger], type_byte: bytes) -> msgspec.Raw:
+    """An array of integers, each in its widest form."""
     count = len(values)
-    if count <= _FEW:
-        return values.tolist()
     head = b"\xdc" + count.to_bytes(2, "big") if count < 2**16 else b"\xdd" + count.to_bytes(4, "big")
     wide = np.empty(count, _WIDE[type_byte])
     wide["type"] = type_byte[0]
@@ -224,20 +260,21 @@ def _read_wide(raw: msgspec.Raw, type_byte: bytes) -> NDArray[Any] | None:
     return wide["value"] if (wide["type"] == type_byte[0]).all() else None
 
 
-def _read_tokens(raw: msgspec.Raw) -> NDArray[np.uint32]:
-    wide = _read_wide(raw, _UINT32)
-    return np.array(_INTEGERS.decode(raw) if wide is None else wide, np.uint32)
+def _read_tokens(raw: msgspec.Raw) -> NDArray[np.uint32] | list[int]:
+    """Tokens of an event: a list if they are few."""
+    if len(memoryview(raw)) > _SHORT and (wide := _read_wide(raw, _UINT32)) is not None:
+        return wide.astype(np.uint32)
+    values = _TOKENS.decode(raw)
+    return values if len(values) <= _FEW_TOKENS else np.array(values, np.uint32)
 
 
-def _read_hashes(raw: msgspec.Raw) -> NDArray[np.uint32]:
-    """Hashes u32[n, 4] of the integers or bytes of an event."""
-    wide = _read_wide(raw, _UINT64)
-    if wide is None:
-        values = _HASHES.decode(raw)
-        return np.frombuffer(b"".join([_hash_bytes(value) for value in values]), "<u4").reshape(-1, 4)
-    words = np.zeros((len(wide), 2), "<u8")
-    words[:, 0] = wide
-    return words.view("<u4")
+def _read_hashes(raw: msgspec.Raw) -> bytes:
+    """Hashes of the integers or bytes of an event, 16 bytes each."""
+    if len(memoryview(raw)) > _SHORT and (wide := _read_wide(raw, _UINT64)) is not None:
+        words = np.zeros((len(wide), 2), "<u8")
+        words[:, 0] = wide
+        return words.tobytes()
+    return b"".join([_hash_bytes(value) for value in _HASHES.decode(raw)])
 
 
 def _hash_bytes(value: _Hash) -> bytes:
@@ -250,18 +287,77 @@ def _hash_bytes(value: _Hash) -> bytes:
 
 def _tier(medium: str | msgspec.UnsetType | None) -> int:
     """A medium's tier; what names none is the device."""
+    if medium in _TIERS:
+        return _TIERS[medium]
     if not isinstance(medium, str):
-        return Tier.G1
+        return 1
     if medium.upper() not in _TIERS:
         raise EventDecodeError(f"medium {medium!r} is none of {', '.join(_TIERS)}")
     return _TIERS[medium.upper()]
 
 
+class _Read(NamedTuple):
+    """What a BlockStored says."""
+
+    num_blocks: int
+    hashes: bytes
+    parents: bytes
+    tokens_each: int
+    tokens: NDArray[np.uint32] | list[int]
+
+
+def _read_stored(event: _Stored | _StoredArray) -> _Read:
+    hashes, tokens = _read_hashes(event.block_hashes), _read_tokens(event.token_ids)
+    size, count = event.block_size, len(hashes) // _HASH_BYTES
+    if not 0 < size < 2**32 or (tokens_given := len(tokens)) not in {0, count * size}:
+        raise EventDecodeError(f"{len(tokens)} tokens for {count} blocks of {size}")
+    parent = _NO_HASH if event.parent_block_hash is None else _hash_bytes(event.parent_block_hash)
+    parents = parent if count == 1 else (parent + hashes)[: len(hashes)]
+    return _Read(count, hashes, parents, size if tokens_given else 0, tokens)
+
+
+def _lora_name(event: _Stored | _StoredArray) -> str | None:
+    return event.lora_name or (None if event.lora_id is None else str(event.lora_id))
+
+
+def _one_stored(
+    event: _Stored | _StoredArray, worker_id: str, timestamp: int, dp_rank: int, first_event_id: int
+) -> KvEventBatch | None:
+    """The batch of a message of one BlockStored, the most usual; None if it stores nothing."""
+    count, hashes, parents, each, tokens = _read_stored(event)
+    group_idx = event.group_idx if isinstance(event.group_idx, int) else 0
+    if not 0 <= group_idx < 2**32:
+        raise EventDecodeError(f"group_idx = {group_idx}: out of bounds of 32 bits")
+    if not count:
+        return None
+    return KvEventBatch.of_shared(
+        Shared(
+            EventType.CREATED,
+            first_event_id,
+            timestamp,
+            _tier(event.medium),
+            group_idx,
+            0,
+            worker_id,
+            event.block_size,
+            dp_rank,
+            None,
+            hashes,
+            parents,
+            each,
+            tokens,
+            _lora_name(event),
+            count,
+        )
+    )
+
+
 class _Rows:
     """Gathers the events of one message as columns."""
 
-    def __init__(self, worker_id: str, timestamp: int, dp_rank: int) -> None:
+    def __init__(self, worker_id: str, timestamp: int, dp_rank: int, first_event_id: int) -> None:
         self._worker_id = worker_id
+        self._next_event_id = first_event_id
         self._timestamp = timestamp
         self._dp_rank = dp_rank
         self._done: list[KvEventBatch] = []
@@ -270,8 +366,8 @@ class _Rows:
     def _begin(self) -> None:
         self._block_size = 0
         self._rows: list[tuple[int, int, int, int, int, str | None]] = []  # count, type, tier, group, tokens each, LoRA
-        self._hashes: list[NDArray[np.uint32]] = []
-        self._parents: list[NDArray[np.uint32]] = []
+        self._hashes: list[bytes] = []
+        self._parents: list[bytes] = []
         self._tokens: list[NDArray[np.uint32]] = []
 
     def add(self, event: _Stored | _Removed | _Cleared | _StoredArray | _RemovedArray | _ClearedArray) -> None:
@@ -281,39 +377,31 @@ class _Rows:
                 self._add_stored(event)
             case _Removed() | _RemovedArray():
                 hashes = _read_hashes(event.block_hashes)
-                self._add(_DELETED, _tier(event.medium), event.group_idx, hashes, np.zeros_like(hashes))
+                self._add(_DELETED, _tier(event.medium), event.group_idx, hashes, bytes(len(hashes)))
             case _Cleared() | _ClearedArray():
                 tier = _tier(event.medium) if isinstance(event.medium, str) else 0
-                self._add(_CLEARED, tier, None, _NONE, _NONE)
+                self._add(_CLEARED, tier, None, _NO_HASH, _NO_HASH)  # one event, of no block
 
     def _add_stored(self, event: _Stored | _StoredArray) -> None:
-        hashes, tokens = _read_hashes(event.block_hashes), _read_tokens(event.token_ids)
-        size, count = event.block_size, len(hashes)
-        if not 0 < size < 2**32 or len(tokens) not in {0, count * size}:
-            raise EventDecodeError(f"{len(tokens)} tokens for {count} blocks of {size}")
-        if self._block_size not in {0, size}:
+        _, hashes, parents, each, tokens = _read_stored(event)
+        if self._block_size not in {0, event.block_size}:
             self._end()
-        self._block_size = size
-        parents = np.zeros_like(hashes)
-        parents[1:] = hashes[:-1]
-        if event.parent_block_hash is not None and count:
-            parents[0] = np.frombuffer(_hash_bytes(event.parent_block_hash), "<u4")
-        lora = event.lora_name or (None if event.lora_id is None else str(event.lora_id))
-        self._tokens.append(tokens)
-        self._add(_CREATED, _tier(event.medium), event.group_idx, hashes, parents, size if len(tokens) else 0, lora)
+        self._block_size = event.block_size
+        self._tokens.append(np.asarray(tokens, np.uint32))
+        self._add(_CREATED, _tier(event.medium), event.group_idx, hashes, parents, each, _lora_name(event))
 
     def _add(
         self,
         code: int,
         tier: int,
         group: int | msgspec.UnsetType | None,
-        hashes: NDArray[np.uint32],
-        parents: NDArray[np.uint32],
+        hashes: bytes,
+        parents: bytes,
         tokens_each: int = 0,
         lora: str | None = None,
     ) -> None:
         group_idx = group if isinstance(group, int) else 0
-        self._rows.append((len(hashes), code, tier, group_idx, tokens_each, lora))
+        self._rows.append((len(hashes) // _HASH_BYTES, code, tier, group_idx, tokens_each, lora))
         self._hashes.append(hashes)
         self._parents.append(parents)
 
@@ -334,13 +422,13 @@ class _Rows:
                 block_size=self._block_size,
                 dp_rank=self._dp_rank,
                 event_types=column(1, np.uint8),
-                event_ids=np.zeros(total_count, np.uint64),
+                event_ids=np.arange(self._next_event_id, self._next_event_id + total_count, dtype=np.uint64),
                 timestamps=np.full(total_count, self._timestamp, np.uint64),
                 block_ids=np.zeros(total_count, np.uint64),
                 tiers=column(2, np.uint8),
                 group_idx=column(3, np.uint32),
-                sequence_hashes=np.concatenate(self._hashes).astype(np.uint32, copy=False),
-                parent_hashes=np.concatenate(self._parents).astype(np.uint32, copy=False),
+                sequence_hashes=_hash_rows(self._hashes),
+                parent_hashes=_hash_rows(self._parents),
                 token_offsets=offsets,
                 token_ids=np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.uint32),
                 from_tiers=np.zeros(total_count, np.uint8),
@@ -348,6 +436,7 @@ class _Rows:
                 lora_names=tuple(row[5] for row in self._rows for _ in range(row[0])) if named else (),
             )
         )
+        self._next_event_id += total_count
         self._begin()
 
     def batches(self) -> tuple[KvEventBatch, ...]:
@@ -357,4 +446,5 @@ class _Rows:
         return tuple(self._done)
 
 
-_NONE = np.zeros((1, 4), np.uint32)  # a cleared tier is one event, of no block
+def _hash_rows(parts: list[bytes]) -> NDArray[np.uint32]:
+    return np.frombuffer(b"".join(parts), "<u4").astype(np.uint32, copy=False).reshape(-1, 4)

@@ -8,6 +8,7 @@ Axis legend: `E` events of a batch.
 """
 
 import itertools
+from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,6 +58,29 @@ class LiveBlocks:
             self._starts.append(self._rows)
             self._batches.append(batch)
             self._rows += count
+            if self._rows > _SLACK + 2 * len(self._positions):
+                self._pack()
+
+    def apply_all(self, batches: Sequence[KvEventBatch]) -> None:
+        """Takes the worker's next batches; those that only create are taken together."""
+        for plain, run in itertools.groupby(batches, key=_plain):
+            together = list(run)
+            if plain is None or len(together) == 1:
+                for batch in together:
+                    self.apply(batch)
+                continue
+            lengths = [len(batch) for batch in together]
+            count = sum(lengths)
+            keys = np.empty(count, _KEY)
+            hashes = np.concatenate([batch.sequence_hashes for batch in together])
+            keys["hash"] = np.ascontiguousarray(hashes, "<u4").view("V16")[:, 0]
+            keys["tier"], keys["group_idx"] = plain
+            names: list[bytes] = keys.view(f"V{_KEY.itemsize}").tolist()
+            self._positions.update(zip(names, range(self._rows, self._rows + count), strict=True))
+            self._starts += itertools.accumulate(lengths[:-1], initial=self._rows)
+            self._batches += together
+            self._rows += count
+            self._next_event_id = int(together[-1].event_ids[-1]) + 1
             if self._rows > _SLACK + 2 * len(self._positions):
                 self._pack()
 
@@ -115,6 +139,14 @@ class LiveBlocks:
             self._starts.append(self._rows)
             self._batches.append(batch)
             self._rows += len(batch)
+
+
+def _plain(batch: KvEventBatch) -> tuple[int, int] | None:
+    """Tier and group of a batch whose events all create blocks in one tier and group, and say that they do."""
+    shared = batch.shared
+    if shared is None or shared.event_type is not EventType.CREATED or not len(batch):
+        return None
+    return shared.tier, shared.group_idx
 
 
 def _keys(batch: KvEventBatch, tiers: NDArray[np.uint8], start: int, stop: int) -> list[bytes]:

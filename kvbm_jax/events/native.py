@@ -13,7 +13,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from kvbm_jax.errors import EventDecodeError
 from kvbm_jax.events.codec import check_codes, check_version, total
-from kvbm_jax.events.schema import EventType, KvEventBatch
+from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEventBatch, Shared
 
 __all__ = ["JsonCodec", "MsgpackCodec"]
 
@@ -84,6 +84,8 @@ class MsgpackCodec:
 
     def encode(self, batch: KvEventBatch, /) -> bytes:
         """Returns the message of a batch."""
+        if batch.shared is not None:
+            return _PACK.encode(_packed(batch, batch.shared))
         return _PACK.encode(
             _Packed(
                 **_head(batch),
@@ -103,7 +105,7 @@ class MsgpackCodec:
         )
 
     @total
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batch of a message."""
         found = _UNPACK.decode(data)
         check_version(found.schema_version)
@@ -173,7 +175,7 @@ class JsonCodec:
         )
 
     @total
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batch of a message."""
         found = _READ.decode(data)
         check_version(found.schema_version)
@@ -218,8 +220,36 @@ def _head(batch: KvEventBatch) -> dict[str, Any]:
         "dp_rank": batch.dp_rank,
         "lora_names": batch.lora_names,
         "to_workers": batch.to_workers,
-        "metadata": tuple(dict(row) for row in batch.metadata),
+        "metadata": tuple(dict(row) for row in batch.metadata) if batch.metadata else (),
     }
+
+
+def _packed(batch: KvEventBatch, shared: Shared) -> _Packed:
+    """The message of a batch whose events have all in common that they can, without making its columns."""
+    count = shared.num_events
+
+    def repeated(value: int, width: int) -> bytes:
+        return value.to_bytes(width, "little") * count if value else b""
+
+    first, block_ids = shared.first_event_id, shared.block_ids
+    return _Packed(
+        schema_version=SCHEMA_VERSION,
+        worker_id=shared.worker_id,
+        block_size=shared.block_size,
+        dp_rank=shared.dp_rank,
+        lora_names=() if shared.lora_name is None else (shared.lora_name,) * count,
+        event_types=bytes((shared.event_type.code,)) * count,
+        event_ids=repeated(first, 8) if count == 1 else _bytes(np.arange(first, first + count, dtype=np.uint64), "<u8"),
+        timestamps=repeated(shared.timestamp, 8),
+        block_ids=b"" if block_ids is None else _bytes(block_ids, "<u8"),
+        tiers=repeated(shared.tier, 1),
+        group_idx=repeated(shared.group_idx, 4),
+        sequence_hashes=_bytes(batch.sequence_hashes, "<u4"),
+        parent_hashes=_bytes(batch.parent_hashes, "<u4"),
+        token_counts=repeated(shared.tokens_each, 4),
+        token_ids=batch.token_ids.astype("<u4", copy=False).tobytes(),
+        from_tiers=repeated(shared.from_tier, 1),
+    )
 
 
 def _bytes(column: NDArray[np.generic], dtype: DTypeLike) -> bytes:

@@ -15,6 +15,7 @@ from kvbm_jax.protocols import Tier
 __all__ = ["Run", "runs"]
 
 _TYPES = tuple(EventType)
+_TIERS = (None, *Tier)
 _CREATED, _MIGRATED = EventType.CREATED.code, EventType.MIGRATED.code
 
 
@@ -46,6 +47,22 @@ def runs(batch: KvEventBatch) -> list[Run]:
     count = len(batch)
     if count == 0:
         return []
+    if (shared := batch.shared) is not None:
+        parents, hashes = batch.parent_hashes, batch.sequence_hashes
+        if not _stores(shared.event_type) or parents[1:].tobytes() == hashes[:-1].tobytes():
+            ends = [0, count]
+        else:
+            cut = (parents[1:] != hashes[:-1]).any(axis=1)
+            ends = [0, *(np.flatnonzero(cut) + 1).tolist(), count]
+        rest = (
+            shared.event_type,
+            _TIERS[shared.tier],
+            _TIERS[shared.from_tier],
+            shared.group_idx,
+            shared.lora_name,
+            None,
+        )
+        return [Run(start, stop, *rest) for start, stop in itertools.pairwise(ends)]
     if count == 1:
         return [_run(batch, 0, 1)]
     cut = np.zeros(count - 1, bool)
@@ -62,14 +79,17 @@ def runs(batch: KvEventBatch) -> list[Run]:
     return [_run(batch, start, stop) for start, stop in itertools.pairwise(ends)]
 
 
+def _stores(event_type: EventType) -> bool:
+    return event_type is EventType.CREATED or event_type is EventType.MIGRATED
+
+
 def _run(batch: KvEventBatch, start: int, stop: int) -> Run:
-    tier, from_tier = int(batch.tiers[start]), int(batch.from_tiers[start])
     return Run(
         start,
         stop,
         _TYPES[batch.event_types[start]],
-        Tier(tier) if tier else None,
-        Tier(from_tier) if from_tier else None,
+        _TIERS[batch.tiers[start]],
+        _TIERS[batch.from_tiers[start]],
         int(batch.group_idx[start]),
         batch.lora_names[start] if batch.lora_names else None,
         batch.to_workers[start] if batch.to_workers else None,

@@ -20,9 +20,9 @@ Axis legend: `E` events of a batch, `K` token ids of all its events together.
 
 import enum
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Self
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple, Self
 
 import msgspec
 import numpy as np
@@ -31,11 +31,14 @@ from numpy.typing import ArrayLike, NDArray
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.protocols import Tier
 
-__all__ = ["SCHEMA_VERSION", "EventType", "KvEvent", "KvEventBatch"]
+__all__ = ["SCHEMA_VERSION", "EventType", "KvEvent", "KvEventBatch", "Shared"]
 
 SCHEMA_VERSION = 1
 
 _NO_HASH = bytes(16)
+_NO_TOKENS = np.zeros(0, np.uint32)
+_END_32, _END_64 = 1 << 32, 1 << 64
+_UINT32, _UINT64 = np.dtype(np.uint32), np.dtype(np.uint64)
 
 
 class EventType(enum.StrEnum):
@@ -79,9 +82,34 @@ class KvEvent(msgspec.Struct, frozen=True):
     schema_version: int = SCHEMA_VERSION
 
 
+class Shared(NamedTuple):
+    """A batch whose events have in common all that they can; what `KvEventBatch.of_shared` makes one of."""
+
+    event_type: EventType
+    first_event_id: int  # ids count up from here
+    timestamp: int
+    tier: int  # 0 for all tiers
+    group_idx: int
+    from_tier: int  # 0 for none
+    worker_id: str
+    block_size: int
+    dp_rank: int
+    block_ids: NDArray[np.uint64] | None  # [E]; None for zeros
+    sequence_hashes: NDArray[np.uint32] | bytes | None  # [E, 4] or 16 bytes each; None for none
+    parent_hashes: NDArray[np.uint32] | bytes | None  # [E, 4] or 16 bytes each; None for none
+    tokens_each: int
+    token_ids: NDArray[np.uint32] | list[int]  # [E * tokens_each]
+    lora_name: str | None
+    num_events: int  # E
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class KvEventBatch:
-    """Events of one worker, in order, as columns. Use `make` or `from_events` to build one."""
+    """Events of one worker, in order, as columns. Use `make` or `from_events` to build one.
+
+    A batch whose events have all in common that they can is that (`shared`), and makes its columns when they are asked
+    for.
+    """
 
     worker_id: str
     block_size: int
@@ -102,6 +130,7 @@ class KvEventBatch:
     to_workers: tuple[str | None, ...] = ()  # of length E, or empty if no event has one
     metadata: tuple[Mapping[str, str], ...] = ()  # of length E, or empty if no event has any
     schema_version: int = SCHEMA_VERSION
+    shared: Shared | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         count = len(self.event_types)
@@ -166,10 +195,46 @@ class KvEventBatch:
           to_workers: One per event, or empty.
           metadata: One per event, or empty.
         """
-        blocks = _column("block_ids", block_ids, np.uint64, None)
+        if isinstance(block_ids, np.ndarray) and block_ids.dtype == _UINT64:
+            blocks = block_ids
+        else:
+            blocks = _column("block_ids", block_ids, np.uint64, None)
         if blocks.ndim != 1:
             raise LayoutError(f"block_ids must be one-dimensional; they have shape {list(blocks.shape)}")
         count = len(blocks)
+        tokens_each, tokens = _equal_rows(token_ids, count)
+        if (
+            tokens_each >= 0
+            and type(group_idx) is type(timestamp) is type(first_event_id) is int
+            and isinstance(event_type, EventType)
+            and 0 <= group_idx < _END_32
+            and 0 <= timestamp < _END_64
+            and 0 <= first_event_id <= _END_64 - count
+            and from_tier is None
+            and not (lora_names or to_workers or metadata)
+        ):
+            _check_hashes("sequence_hashes", sequence_hashes, count)
+            _check_hashes("parent_hashes", parent_hashes, count)
+            return cls.of_shared(
+                Shared(
+                    event_type,
+                    first_event_id,
+                    timestamp,
+                    0 if tier is None else tier,
+                    group_idx,
+                    0,
+                    worker_id,
+                    block_size,
+                    dp_rank,
+                    blocks,
+                    sequence_hashes,
+                    parent_hashes,
+                    tokens_each,
+                    tokens,
+                    None,
+                    count,
+                )
+            )
         codes = event_type.code if isinstance(event_type, EventType) else [kind.code for kind in event_type]
         offsets, tokens = _ragged(token_ids, count)
         return cls(
@@ -192,6 +257,22 @@ class KvEventBatch:
             to_workers=tuple(to_workers),
             metadata=tuple(metadata),
         )
+
+    @classmethod
+    def of_shared(cls, shared: Shared) -> Self:
+        """Builds a batch at the least cost and looks at nothing: shapes and ranges are the caller's word."""
+        batch = object.__new__(cls)
+        object.__setattr__(batch, "shared", shared)
+        return batch
+
+    def __getattr__(self, name: str) -> Any:
+        """Makes a field of what is shared; called only where it has not been made."""
+        make = _SHARED_FIELDS.get(name)
+        if make is None or self.shared is None:
+            raise AttributeError(f"{type(self).__name__!r} has no attribute {name!r}")
+        value = make(self.shared, self.shared.num_events)
+        object.__setattr__(self, name, value)
+        return value
 
     @classmethod
     def from_events(cls, events: Iterable[KvEvent]) -> Self:
@@ -236,7 +317,7 @@ class KvEventBatch:
         )
 
     def __len__(self) -> int:
-        return len(self.event_types)
+        return len(self.block_ids) if self.shared is None else self.shared.num_events
 
     def __getitem__(self, index: int) -> KvEvent:
         i = range(len(self))[index]
@@ -280,6 +361,29 @@ _COLUMNS: dict[str, tuple[type[np.generic], tuple[int, ...]]] = {
 }
 
 
+_SHARED_FIELDS: dict[str, Callable[[Shared, int], Any]] = {
+    "worker_id": lambda shared, _: shared.worker_id,
+    "block_size": lambda shared, _: shared.block_size,
+    "dp_rank": lambda shared, _: shared.dp_rank,
+    "event_types": lambda shared, count: np.full(count, shared.event_type.code, np.uint8),
+    "event_ids": lambda shared, count: np.arange(shared.first_event_id, shared.first_event_id + count, dtype=np.uint64),
+    "timestamps": lambda shared, count: np.full(count, shared.timestamp, np.uint64),
+    "block_ids": lambda shared, count: np.zeros(count, np.uint64) if shared.block_ids is None else shared.block_ids,
+    "tiers": lambda shared, count: np.full(count, shared.tier, np.uint8),
+    "group_idx": lambda shared, count: np.full(count, shared.group_idx, np.uint32),
+    "sequence_hashes": lambda shared, count: _hashes(shared.sequence_hashes, count),
+    "parent_hashes": lambda shared, count: _hashes(shared.parent_hashes, count),
+    "token_offsets": lambda shared, count: np.arange(count + 1, dtype=np.int64) * shared.tokens_each,
+    "token_ids": lambda shared, _: np.asarray(shared.token_ids, np.uint32),
+    "from_tiers": lambda shared, count: np.full(count, shared.from_tier, np.uint8),
+    "from_block_ids": lambda _, count: np.zeros(count, np.uint64),
+    "lora_names": lambda shared, count: () if shared.lora_name is None else (shared.lora_name,) * count,
+    "to_workers": lambda _shared, _: (),
+    "metadata": lambda _shared, _: (),
+    "schema_version": lambda _shared, _: SCHEMA_VERSION,
+}
+
+
 def _column[T: np.generic](name: str, values: ArrayLike, dtype: type[T], count: int | None) -> NDArray[T]:
     """Converts to a column of `count` entries, a scalar to all of them; refuses what would wrap."""
     array = np.asarray(values)
@@ -296,7 +400,9 @@ def _column[T: np.generic](name: str, values: ArrayLike, dtype: type[T], count: 
     return np.array(np.broadcast_to(array, shape), dtype)
 
 
-def _hashes(values: NDArray[np.uint32] | None, count: int) -> NDArray[np.uint32]:
+def _hashes(values: NDArray[np.uint32] | bytes | None, count: int) -> NDArray[np.uint32]:
+    if isinstance(values, bytes):
+        return np.frombuffer(values, "<u4").astype(np.uint32, copy=False).reshape(count, 4)
     return np.zeros((count, 4), np.uint32) if values is None else np.asarray(values)
 
 
@@ -311,6 +417,24 @@ def _hash_rows(hashes: Sequence[bytes | None]) -> NDArray[np.uint32]:
 def _hash_or_none(row: NDArray[np.uint32]) -> bytes | None:
     value = row.astype("<u4").tobytes()
     return None if value == _NO_HASH else value
+
+
+def _check_hashes(name: str, hashes: NDArray[np.uint32] | None, count: int) -> None:
+    if hashes is None:
+        return
+    if hashes.dtype != _UINT32 or hashes.shape != (count, 4):
+        raise LayoutError(
+            f"{name} must be uint32[{count}, 4] in a batch of {count} events; it is {hashes.dtype}{list(hashes.shape)}"
+        )
+
+
+def _equal_rows(rows: Any, count: int) -> tuple[int, NDArray[np.uint32]]:
+    """Tokens that each of `count` rows has, and all of them; -1 if the rows are not an array of tokens, or none."""
+    if rows is None:
+        return 0, _NO_TOKENS
+    if isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype == _UINT32 and len(rows) == count:
+        return rows.shape[1], rows.reshape(-1)
+    return -1, _NO_TOKENS
 
 
 def _ragged(rows: Any, count: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:

@@ -15,7 +15,7 @@ import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -147,7 +147,7 @@ class Subscription:
         with self._condition:
             if self._ended:
                 return 0
-            if len(self._items) == self._capacity:
+            if len(self._items) >= self._capacity:
                 oldest = self._items.popleft()
                 dropped = len(oldest) if isinstance(oldest, KvEventBatch) else 0
                 self._lost_batches += 1
@@ -163,6 +163,16 @@ class Subscription:
             if self._ended or not fits:
                 return False
             self._items.append(item)
+            self._wake()
+        return True
+
+    def push_all(self, items: Sequence[StreamItem]) -> bool:
+        """Appends items, once there is room for some, and returns True; False if the reader has closed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._ended or len(self._items) < self._capacity)
+            if self._ended:
+                return False
+            self._items.extend(items)
             self._wake()
         return True
 
@@ -186,8 +196,8 @@ class Subscription:
             return gap
         if not self._items:
             return None
-        if len(self._items) == self._capacity:
-            self._condition.notify_all()  # there is room again
+        if len(self._items) >= self._capacity:
+            self._condition.notify_all()  # there will be room again
         self._taken += 1
         return self._items.popleft()
 

@@ -6,7 +6,7 @@ from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import KvEventBatch
 from kvbm_jax.protocols import EventSink, MetricsSink
 
-__all__ = ["nats_sink", "zmq_sink"]
+__all__ = ["nats_sink", "replay_endpoint", "zmq_sink"]
 
 
 def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:
@@ -22,7 +22,7 @@ def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink
     if url is None:
         config = ZmqKvEventPublisherConfig(worker_id=worker_id)
     else:
-        config = ZmqKvEventPublisherConfig(worker_id=worker_id, endpoint=url, replay_endpoint=_replay_endpoint(url))
+        config = ZmqKvEventPublisherConfig(worker_id=worker_id, endpoint=url, replay_endpoint=replay_endpoint(url))
     return ZmqKvEventPublisher(config, metrics=metrics)
 
 
@@ -67,12 +67,17 @@ class _WithServer:
             self._close_server()
 
 
-def _replay_endpoint(url: str) -> str:
+def replay_endpoint(url: str) -> str:
+    """Returns where replays are served beside a ZeroMQ address.
+
+    Raises:
+      ConfigError: There is no next port.
+    """
     if not url.startswith("tcp://"):
         return f"{url}-replay"
     head, _, port = url.rpartition(":")
     if port == "*":
         return url
     if not port.isdecimal() or not 0 < int(port) < 65_535:
-        raise ConfigError(f"events_url = {url!r}: allowed is an address such as tcp://127.0.0.1:5557")
+        raise ConfigError(f"{url!r}: allowed is an address such as tcp://127.0.0.1:5557")
     return f"{head}:{int(port) + 1}"

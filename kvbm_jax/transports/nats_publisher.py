@@ -8,6 +8,7 @@ gone, and a line now and then says how far the worker is. In both cases the work
 
 import asyncio
 import logging
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,7 +25,7 @@ from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MESSAGE_ID, NatsStream, Subjects, open_stream, status_of
-from kvbm_jax.transports.outbox import Numbered, Outbox, OutboxStats, Overflow
+from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
 from kvbm_jax.transports.snapshots import to_batches
 
 __all__ = ["NatsKvEventPublisher", "NatsKvEventPublisherConfig"]
@@ -95,6 +96,8 @@ class NatsKvEventPublisher:
         self._last_answer = 0.0
         self._refused: str | None = None
         self._complained = False
+        self._sending = False  # from taking batches off the queue until they are sent
+        self._settled = threading.Condition()
         self._deadline = float("inf")
         self._wake = asyncio.Event()
         self._thread = NatsThread(
@@ -116,6 +119,11 @@ class NatsKvEventPublisher:
     def publish(self, batch: KvEventBatch, /) -> None:
         """Puts a batch in the queue and returns; what happens to a full queue is the configuration's choice."""
         self._outbox.put(batch)
+
+    def flush(self, timeout: float | None = None) -> bool:
+        """Waits until what has been published is with the server; returns whether it was in time."""
+        with self._settled:
+            return self._settled.wait_for(self._delivered, timeout)
 
     def stats(self) -> OutboxStats:
         """Returns the counters."""
@@ -153,14 +161,21 @@ class NatsKvEventPublisher:
         self._thread.ready()
         while not (self._thread.stopping.is_set() and self._done()):
             self._wake.clear()
-            while len(self._unacknowledged) < self._config.max_unacknowledged and (chunk := self._outbox.take(_CHUNK)):
-                sent = [
-                    _Sent(item.sequence, data) for item in chunk if (data := self._encode(item, client)) is not None
-                ]
+            self._sending = True
+            while len(self._unacknowledged) < self._config.max_unacknowledged:
+                first, batches = self._outbox.take(_CHUNK)
+                if not batches:
+                    break
+                numbered = enumerate(batches, first)
+                sent = [_Sent(i, data) for i, batch in numbered if (data := self._encode(batch, client)) is not None]
                 if self._config.jetstream:
                     self._unacknowledged += sent
                 await self._send(client, inbox, sent)
                 await asyncio.sleep(0)  # answers are taken meanwhile
+            self._sending = False
+            if self._delivered():
+                with self._settled:
+                    self._settled.notify_all()
             if client.is_closed:
                 raise nats.errors.ConnectionClosedError
             if self._refused is not None:
@@ -173,9 +188,11 @@ class NatsKvEventPublisher:
                 await self._say_how_far(client)
         await client.flush()
 
+    def _delivered(self) -> bool:
+        return self._outbox.empty and not self._unacknowledged and not self._sending
+
     def _done(self) -> bool:
-        delivered = self._outbox.empty and not self._unacknowledged
-        return delivered or time.monotonic() > self._deadline
+        return self._delivered() or time.monotonic() > self._deadline
 
     async def _send(self, client: Client, inbox: str, messages: list[_Sent]) -> None:
         """Sends messages in order; the last of every few is to be acknowledged."""
@@ -216,7 +233,7 @@ class NatsKvEventPublisher:
         sequence, snapshot = await asyncio.to_thread(self._outbox.snapshot)
         headers = {MESSAGE_ID: self._id(sequence)}
         for batch in to_batches(snapshot):
-            payload = self._encode(Numbered(sequence, batch), client)
+            payload = self._encode(batch, client)
             if payload is not None:
                 await client.publish(request.reply, payload, headers=headers)
         await client.publish(request.reply, b"", headers=headers)
@@ -224,15 +241,15 @@ class NatsKvEventPublisher:
     def _id(self, sequence: int) -> str:
         return f"{self._config.worker_id}:{self._life}:{sequence}"
 
-    def _encode(self, item: Numbered, client: Client) -> bytes | None:
+    def _encode(self, batch: KvEventBatch, client: Client) -> bytes | None:
         """The message of a batch; None if it cannot be sent, which leaves a gap."""
         try:
-            payload = self._config.codec.encode(item.batch)
+            payload = self._config.codec.encode(batch)
             if len(payload) > client.max_payload:
                 raise TransportError(f"{len(payload):,} bytes; the server takes {client.max_payload:,}")
         except (KvbmError, UnicodeError, OverflowError) as error:
             if not self._complained:
                 self._complained = True
-                _LOG.warning("a batch of %d events is not sent (later ones are not told): %s", len(item.batch), error)
+                _LOG.warning("a batch of %d events is not sent (later ones are not told): %s", len(batch), error)
             return None
         return payload

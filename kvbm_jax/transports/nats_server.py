@@ -197,6 +197,11 @@ class SharedNatsServer:
                 self._write(address)
             return NatsConnection.from_url(address.url)
 
+    def find(self) -> NatsConnection | None:
+        """Returns where the server is now; None if there is none."""
+        address = self._read()
+        return NatsConnection.from_url(address.url) if address is not None and _alive(address.server) else None
+
     def close(self) -> None:
         """Stops the server if it is this process's own. Idempotent."""
         with self._lock, self._alone():

@@ -20,7 +20,7 @@ from kvbm_jax.events import KvEventBatch, LiveBlocks, WorkerSnapshot
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import MetricsSink
 
-__all__ = ["Numbered", "Outbox", "OutboxStats", "Overflow"]
+__all__ = ["Outbox", "OutboxStats", "Overflow"]
 
 _UNFOLDED = 512  # batches that may wait to be part of the snapshot
 
@@ -32,19 +32,11 @@ class Overflow(enum.StrEnum):
     BLOCK = "block"  # the publisher waits for room
 
 
-class Numbered(NamedTuple):
-    """A batch and its place in the worker's stream of batches, from 0."""
-
-    sequence: int
-    batch: KvEventBatch
-
-
 class OutboxStats(NamedTuple):
-    """What a publisher has done so far."""
+    """What a publisher has done so far; the sum is what was published."""
 
-    published: int  # events put
-    taken: int  # events sent, or about to be
-    dropped: int  # events that made room
+    taken: int  # batches sent, or about to be
+    dropped: int  # batches that made room
     waiting: int  # batches
 
 
@@ -80,7 +72,7 @@ class Outbox:
         self._live = LiveBlocks(worker_id)
         self._unfolded: list[KvEventBatch] = []
         self._next_sequence = 0
-        self._published = self._taken = self._dropped = 0
+        self._dropped = 0
         self._order = threading.Lock()  # held where batches leave the queue, and while a snapshot is made
         self._room = threading.Condition()
 
@@ -94,37 +86,31 @@ class Outbox:
             self._make_room()
         if self._closed:
             raise BlockStateError("the publisher of events is closed; publish before close()")
-        self._published += len(batch)
         self._waiting.append(batch)
         if self._idle:
             self._idle = False
             self._wake()
 
-    def take(self, limit: int) -> list[Numbered]:
-        """Removes and returns the oldest batches, `limit` at most; none if none is waiting."""
+    def take(self, limit: int) -> tuple[int, list[KvEventBatch]]:
+        """Removes and returns the oldest batches, `limit` at most, and the number of the first; none if none waits."""
         waiting = self._waiting
-        taken: list[Numbered] = []
         with self._order:
-            while len(taken) < limit:
-                if not waiting:
-                    if taken:
-                        break
-                    self._idle = True
-                    if not waiting:  # what came before is seen here, what comes after wakes
-                        return []
-                    self._idle = False
-                batch = waiting.popleft()
-                taken.append(Numbered(self._next_sequence, batch))
-                self._next_sequence += 1
-                self._taken += len(batch)
-                self._unfolded.append(batch)
+            if not waiting:
+                self._idle = True
+                if not waiting:  # what came before is seen here, what comes after wakes
+                    return self._next_sequence, []
+                self._idle = False
+            first = self._next_sequence
+            taken = [waiting.popleft() for _ in range(min(limit, len(waiting)))]
+            self._next_sequence += len(taken)
+            self._unfolded += taken
             if len(self._unfolded) >= _UNFOLDED:
                 self._fold()
         if self._overflow is Overflow.BLOCK and len(waiting) <= self._capacity // 2:
             with self._room:
                 self._room.notify_all()
         self._metrics.gauge("kvbm_events_queue_depth", len(waiting))
-        return taken
+        return first, taken
 
     def snapshot(self) -> tuple[int, WorkerSnapshot]:
         """Returns the number of the next batch to be taken, and what the worker holds before it."""
@@ -150,7 +136,7 @@ class Outbox:
 
     def stats(self) -> OutboxStats:
         """Returns the counters."""
-        return OutboxStats(self._published, self._taken, self._dropped, len(self._waiting))
+        return OutboxStats(self._next_sequence - self._dropped, self._dropped, len(self._waiting))
 
     def _make_room(self) -> None:
         if self._overflow is Overflow.BLOCK:
@@ -162,14 +148,13 @@ class Outbox:
                 while len(self._waiting) >= self._capacity:
                     batch = self._waiting.popleft()
                     self._next_sequence += 1
+                    self._dropped += 1
                     self._unfolded.append(batch)
                     dropped += len(batch)
-                self._dropped += dropped
             finally:
                 self._order.release()
             self._metrics.count("kvbm_events_dropped_total", dropped)
 
     def _fold(self) -> None:
-        for batch in self._unfolded:
-            self._live.apply(batch)
+        self._live.apply_all(self._unfolded)
         self._unfolded.clear()

@@ -67,7 +67,7 @@ class ProtobufCodec:
         return data
 
     @total
-    def decode(self, data: bytes, /) -> tuple[KvEventBatch, ...]:
+    def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batch of a message."""
         from google.protobuf.message import DecodeError  # noqa: PLC0415 (an extra)
 

@@ -12,8 +12,6 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
-
 from kvbm_jax.errors import ConfigError, EventDecodeError, MissingDependencyError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, EventGap, StreamItem, Subscription, WorkerSnapshot
 from kvbm_jax.transports.snapshots import from_batches
@@ -95,6 +93,7 @@ class _Reader:
         self._next_event_id = 0
         self._codec = EngineCodec(config.worker_id) if config.codec is None else config.codec
         self._complained = False
+        self._waiting: list[StreamItem] = []
         self._stop = threading.Event()
         self.subscription = Subscription(self._leave, config.capacity)
         self._thread = threading.Thread(target=self._run, name="kvbm-zmq-subscriber", daemon=True)
@@ -123,31 +122,43 @@ class _Reader:
             if self._monitor in ready:
                 connected = True
                 self._catch_up()
+                self._hand_on()
             if self._sub in ready:
                 last_heard = time.monotonic()
-                for _ in range(_CHUNK):
-                    self._read()
-                    if not self._sub.poll(0):
-                        break
+                self._read_some()
             elif connected and time.monotonic() - last_heard > self._config.quiet:
                 self._catch_up()
+                self._hand_on()
                 last_heard = time.monotonic()
 
-    def _read(self) -> None:
+    def _read_some(self) -> None:
+        """Takes what is waiting on the SUB socket, within bounds."""
+        receive, now = self._sub.recv, zmq.NOBLOCK
+        try:
+            for _ in range(_CHUNK):
+                receive(now)
+                sequence, payload = receive(now), receive(now)
+                if self._sub.getsockopt(zmq.RCVMORE):  # of another program, as what is not of three parts
+                    while self._sub.getsockopt(zmq.RCVMORE):
+                        receive(now)
+                elif len(sequence) == SEQUENCE.size:
+                    self._take(int.from_bytes(sequence, "big"), payload)
+        except zmq.Again:
+            pass  # nothing more is waiting
+        self._hand_on()
+
+    def _take(self, sequence: int, payload: bytes) -> None:
         """Takes the next message of the SUB socket."""
-        frames = self._sub.recv_multipart()
-        if len(frames) != 3 or len(frames[1]) != SEQUENCE.size:
-            return  # of another program
-        message = _Message(SEQUENCE.unpack(frames[1])[0], frames[2])
-        if message.sequence <= self._newest:
-            self._begin()  # the worker was restarted and counts anew
-        elif self._next is None or message.sequence > self._next:
-            self._catch_up()
-        self._newest = message.sequence
-        if self._next is None or message.sequence > self._next:
-            self._skip_to(message.sequence)
-        if message.sequence == self._next:
-            self._deliver(message)
+        if sequence != self._next or sequence <= self._newest:
+            if sequence <= self._newest:
+                self._begin()  # the worker was restarted and counts anew
+            elif self._next is None or sequence > self._next:
+                self._catch_up()
+            if self._next is None or sequence > self._next:
+                self._skip_to(sequence)
+        self._newest = sequence
+        if sequence == self._next:
+            self._deliver(sequence, payload)
 
     def _catch_up(self) -> None:
         """Gets what has been missed, if anything was and it is still to be had."""
@@ -172,7 +183,7 @@ class _Reader:
                 if not snapshot:
                     self._skip_to(message.sequence)
             if message.sequence == self._next:
-                self._deliver(message)
+                self._deliver(*message)
 
     def _meets_anew(self) -> bool:
         """Returns whether there has been another connection since this was last asked."""
@@ -195,7 +206,7 @@ class _Reader:
         for message in answer or ():
             if message.sequence != self._next:
                 self._skip_to(message.sequence)
-            self._deliver(message)
+            self._deliver(*message)
 
     def _snapshot(self) -> bool:
         """Asks for a snapshot and delivers it; returns whether there was one."""
@@ -221,24 +232,29 @@ class _Reader:
             self._push(EventGap(missing, 0))
         self._next = sequence
 
-    def _deliver(self, message: _Message) -> None:
+    def _deliver(self, sequence: int, payload: bytes) -> None:
         """Hands on the message that was expected."""
-        self._next, self._last = message.sequence + 1, message.payload
+        self._next, self._last = sequence + 1, payload
         try:
-            batches = self._codec.decode(message.payload)
+            batches = self._codec.decode(payload, self._next_event_id)
         except EventDecodeError as error:
             self._complain(error)
             self._push(EventGap(1, 0))
             return
         for batch in batches:
-            if not self._codec.native:
-                batch.event_ids[:] = np.arange(self._next_event_id, self._next_event_id + len(batch), dtype=np.uint64)
-                self._next_event_id += len(batch)
+            self._next_event_id += len(batch)
             self._push(batch)
 
     def _push(self, item: StreamItem) -> None:
-        if not self.subscription.push(item):
+        self._waiting.append(item)
+        if len(self._waiting) >= _CHUNK:
+            self._hand_on()
+
+    def _hand_on(self) -> None:
+        """Puts what has been read into the subscription."""
+        if self._waiting and not self.subscription.push_all(self._waiting):
             self._stop.set()
+        self._waiting = []
 
     def _complain(self, error: EventDecodeError) -> None:
         if not self._complained:

@@ -75,7 +75,7 @@ def test_native_codecs_keep_everything(name, events):
 def test_native_columns_are_as_they_were(name):
     batch = chain(70)
     (found,) = NATIVE[name].decode(NATIVE[name].encode(batch))
-    for field in dataclasses.fields(batch):
+    for field in (field for field in dataclasses.fields(batch) if field.init):
         np.testing.assert_array_equal(getattr(found, field.name), getattr(batch, field.name), err_msg=field.name)
 
 
@@ -154,9 +154,16 @@ def told():
             token_ids=(5, 6, 4_000_000_000, 8),
             **created,
         ),
-        KvEvent(block_id=0, sequence_hash=short(H2), parent_hash=short(H1), token_ids=(9, 10, 11, 12), **created),
-        KvEvent(EventType.DELETED, 0, tier=Tier.G1, group_idx=5, sequence_hash=short(H3), **shared),
-        KvEvent(EventType.CLEARED, 0, **shared),
+        KvEvent(
+            block_id=0,
+            sequence_hash=short(H2),
+            parent_hash=short(H1),
+            token_ids=(9, 10, 11, 12),
+            event_id=1,
+            **created,
+        ),
+        KvEvent(EventType.DELETED, 0, tier=Tier.G1, group_idx=5, sequence_hash=short(H3), event_id=2, **shared),
+        KvEvent(EventType.CLEARED, 0, event_id=3, **shared),
     ]
 
 
@@ -174,18 +181,18 @@ def test_engine_messages_of_many_blocks_are_the_golden_bytes():
         EventType.CREATED,
         np.arange(16),
         worker_id="w-1",
-        block_size=1,
+        block_size=8,
         first_event_id=0,
         timestamp=1_700_000_000_500_000_000,
         sequence_hashes=hashes,
         parent_hashes=np.concatenate([np.zeros((1, 4), np.uint32), hashes[:-1]]),
-        token_ids=np.arange(16).reshape(16, 1),
+        token_ids=np.arange(128, dtype=np.uint32).reshape(16, 8),
     )
     assert ENGINE.encode(batch) == GOLDEN["engine_wide"]
     (found,) = ENGINE.decode(GOLDEN["engine_wide"])
     np.testing.assert_array_equal(found.sequence_hashes, hashes)
     np.testing.assert_array_equal(found.parent_hashes, batch.parent_hashes)
-    assert found.token_ids.tolist() == list(range(16))
+    assert found.token_ids.tolist() == list(range(128))
     shortest = msgspec.msgpack.encode(msgspec.msgpack.decode(GOLDEN["engine_wide"]))
     assert len(shortest) < len(GOLDEN["engine_wide"])
     assert rows(ENGINE.decode(shortest)) == rows([found])
@@ -282,8 +289,8 @@ def test_blocks_of_other_sizes_are_batches_of_their_own():
         ({"type": "BlockRemoved", "block_hashes": [1.5], "medium": "GPU"}, "Expected `int | bytes`"),
         ({"type": "BlockRemoved", "block_hashes": 5, "medium": "GPU"}, "Expected `array`"),
         ({"token_ids": [1, 2, 3]}, "3 tokens for 1 blocks of 4"),
-        ({"token_ids": [1, 2, 3, -1]}, "out of bounds"),
-        ({"token_ids": [1, 2, 3, 2**32]}, "out of bounds"),
+        ({"token_ids": [1, 2, 3, -1]}, "Expected `int` >= 0"),
+        ({"token_ids": [1, 2, 3, 2**32]}, "Expected `int` <= 4294967295"),
         ({"block_size": 0}, "4 tokens for 1 blocks of 0"),
         ({"group_idx": -1}, "out of bounds"),
     ],

@@ -145,10 +145,10 @@ WIDE = b"".join(
         *(msgspec.msgpack.encode(part) for part in ("type", "BlockStored", "block_hashes")),
         b"\xdc\x00\x10" + b"".join(struct.pack(">BQ", 0xCF, value) for value in MANY),
         *(msgspec.msgpack.encode(part) for part in ("parent_block_hash", None, "token_ids")),
-        b"\xdc\x00\x10" + b"".join(struct.pack(">BI", 0xCE, value) for value in range(16)),
+        b"\xdc\x00\x80" + b"".join(struct.pack(">BI", 0xCE, value) for value in range(128)),
         *(
             msgspec.msgpack.encode(part)
-            for part in ("block_size", 1, "lora_id", None, "medium", "GPU", "lora_name", None)
+            for part in ("block_size", 8, "lora_id", None, "medium", "GPU", "lora_name", None)
         ),
         b"\x00",
     ]

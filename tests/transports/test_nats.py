@@ -49,21 +49,13 @@ def subscribe(place, **fields):
     return subscribe_nats(NatsKvEventSubscriberConfig(**place | fields))
 
 
-def settled(source, timeout=20.0):
-    """Waits until everything published is with the server."""
-    deadline = time.monotonic() + timeout
-    while not source._done():
-        assert time.monotonic() < deadline
-        threading.Event().wait(0.005)
-
-
 @BOTH
 def test_a_late_subscriber_gets_a_snapshot_and_then_the_stream(place, jetstream):
     life = random_life(random.Random(0))
     with publisher(place, jetstream=jetstream) as source:
         for batch, _ in life[:30]:
             source.publish(batch)
-        settled(source)
+        assert source.flush(20)
         with subscribe(place, jetstream=jetstream) as subscription:
             view = View()
             view.follow(subscription, lambda view: view.snapshots)
@@ -165,10 +157,10 @@ def test_a_reader_away_for_ten_thousand_events_catches_up(place):
             view.follow(subscription, lambda view: view.snapshots)
             source.publish(chain(10))
             view.follow(subscription, lambda view: len(view.event_ids) == 10)
-            settled(source)
+            assert source.flush(20)
         for i in range(1, 1001):
             source.publish(chain(10, 1, first_event_id=10 * i, seed=i))
-        settled(source)
+        assert source.flush(20)
         with subscribe(place, durable="router") as subscription:
             view.follow(subscription, lambda view: len(view.event_ids) >= 10_010)
     assert view.event_ids == list(range(10_010))
@@ -199,7 +191,7 @@ def test_a_durable_reader_whose_place_is_gone_gets_a_snapshot(place):
             view.follow(subscription, lambda view: view.snapshots)
         for i in range(20):
             source.publish(chain(2, first_event_id=2 * i, seed=i))
-        settled(source)
+        assert source.flush(20)
         with subscribe(place, durable="router") as subscription:
             view.follow(subscription, lambda view: len(view.claims) == 40)
     assert (view.snapshots, view.gaps) == (2, [])
@@ -209,7 +201,7 @@ def test_a_stream_is_replayed_from_a_sequence(place):
     with publisher(place) as source:
         for i in range(20):
             source.publish(chain(1, first_event_id=i, seed=i))
-        settled(source)
+        assert source.flush(20)
     with subscribe(place, start_sequence=6) as subscription:
         view = View()
         view.follow(subscription, lambda view: view.event_ids[-1:] == [19])
@@ -484,10 +476,10 @@ def test_a_publisher_follows_the_shared_server_to_its_next_owner(tmp_path):
     first.connection()
     source = NatsKvEventPublisher(NatsKvEventPublisherConfig(worker_id="w-1"), resolve=second.connection)
     source.publish(chain(2))
-    settled(source)
+    assert source.flush(20)
     first.close()
     source.publish(chain(2, first_event_id=2, seed=1))
-    settled(source)
+    assert source.flush(20)
     with subscribe({"connection": second.connection()}, start_sequence=1) as subscription:
         view = View()
         view.follow(subscription, lambda view: len(view.event_ids) == 4)

@@ -1,12 +1,15 @@
 """Managers that publish beyond their process, as their configuration says."""
 
+import json
 import socket
+import threading
 
 import numpy as np
 import pytest
 from event_batches import View
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
+from kvbm_jax.cli import main
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventBus, open_outlet
 from kvbm_jax.metrics import NullMetrics
@@ -111,3 +114,36 @@ def test_other_packages_bring_transports(tmp_path, monkeypatch):
     assert sink._sinks[1].closed
     with pytest.raises(ConfigError, match="'raven' is no event transport; choose from inproc, nats, zmq, none, pigeon"):
         open_outlet("raven", bus, worker_id="w", url=None, metrics=NullMetrics())
+
+
+def lines(capsys):
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_events_of_a_host_are_followed_on_the_command_line(own_folders, capsys):
+    assert main(["events", "tail", "--json"]) == 1
+    assert "no worker of this host runs a NATS server" in capsys.readouterr().err
+    with manager(events="nats") as owner:
+        work(owner)
+        follower = threading.Thread(target=main, args=(["events", "tail", "--json", "--events", "2"],))
+        follower.start()
+        while follower.is_alive():  # until it has seen two events after its snapshot
+            owner.clear()
+            work(owner)
+            follower.join(0.05)
+    *items, summary = lines(capsys)
+    assert [item["item"] for item in items] == ["snapshot", "event", "event"]
+    assert {item["worker_id"] for item in items} == {"w-1"}
+    assert {item["event_type"] for item in items[1:]} <= {"created", "deleted", "cleared"}
+    assert summary == {"events": 2, "snapshots": 1, "gaps": 0}
+
+
+def test_a_publisher_over_zeromq_is_followed_on_the_command_line(capsys):
+    port = free_ports()
+    with manager(events="zmq", events_url=f"tcp://127.0.0.1:{port}") as owner:
+        work(owner)
+        arguments = ["events", "tail", "--url", f"tcp://127.0.0.1:{port}", "--worker-id", "w-1", "--seconds", "1"]
+        assert main(arguments) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.strip() == "w-1: holds 2 blocks before event 0"
+    assert last == "0 events, 1 snapshots, 0 gaps"
