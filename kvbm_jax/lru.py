@@ -22,6 +22,8 @@ from typing import Final, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from numpy.typing import NDArray
 
 from kvbm_jax import selection
 from kvbm_jax.bits import WORD, last_of, select_bit
@@ -135,19 +137,9 @@ def push(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
     Returns:
       The queue with the blocks at its tail.
     """
-    num_blocks, capacity = queue.positions.shape[0], queue.ring.shape[0]
-    rank = jnp.cumsum(mask, dtype=jnp.int32)
-    position = queue.tail + (rank - 1).astype(jnp.uint32)
-    entry = jnp.where(mask, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
-    pushed = rank[-1]
-    return replace(
-        queue,
-        tree=_flip(queue.tree, entry, 1, capacity=capacity),
-        ring=queue.ring.at[entry].set(blocks, **DROP),
-        positions=queue.positions.at[jnp.where(mask, blocks, num_blocks)].set(position, **DROP),
-        tail=queue.tail + pushed.astype(jnp.uint32),
-        size=queue.size + pushed,
-    )
+    none = jnp.zeros((0,), jnp.int32)
+    marks = Marks(mask, jnp.zeros((0,), jnp.bool_), jnp.zeros((0,), jnp.uint32))
+    return settle(queue, marks, blocks, mask, jnp.cumsum(mask, dtype=jnp.int32), none, marks.once)
 
 
 def remove(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
@@ -162,15 +154,12 @@ def remove(queue: LruQueue, blocks: jax.Array, mask: jax.Array) -> LruQueue:
       The queue without them.
     """
     capacity = queue.ring.shape[0]
-    position = queue.positions.at[blocks].get(**FILL, fill_value=0)
-    # The positions are read before they turn into scratch; without the barrier XLA copies the whole array.
-    positions, position = fence((queue.positions, position))
-    queue, once = last_occurrence(replace(queue, positions=positions), blocks, mask)
-    entry = jnp.where(once, (position & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
+    queue, marks = mark(queue, jnp.zeros((0,), jnp.int32), blocks, mask)
+    entry = jnp.where(marks.once, (marks.positions & jnp.uint32(capacity - 1)).astype(jnp.int32), capacity)
     return replace(
         queue,
         tree=_flip(queue.tree, entry, -1, capacity=capacity),
-        size=queue.size - jnp.sum(once, dtype=jnp.int32),
+        size=queue.size - jnp.sum(marks.once, dtype=jnp.int32),
     )
 
 
@@ -193,6 +182,7 @@ def mark(queue: LruQueue, left: jax.Array, taken: jax.Array, idle: jax.Array) ->
     """
     count = left.shape[0]
     position = queue.positions.at[taken].get(**FILL, fill_value=0)
+    # The positions are read before they turn into scratch; without the barrier XLA copies the whole array.
     positions, position = fence((queue.positions, position))
     known = left < queue.positions.shape[0]
     queue, once = last_occurrence(
@@ -227,7 +217,7 @@ def settle(
     mask = jnp.uint32(capacity - 1)
     entry = jnp.where(pushed, (target & mask).astype(jnp.int32), capacity)
     hole = jnp.where(gone, (marks.positions & mask).astype(jnp.int32), capacity)
-    sign = jnp.where(jnp.arange(entry.size + hole.size) < entry.size, 1, -1)
+    sign = np.repeat(np.array([1, -1], np.int32), (entry.size, hole.size))
     # The marks have overwritten the positions of those that stay.
     placed = jnp.concatenate([jnp.where(pushed, left, num_blocks), jnp.where(marks.once & ~gone, taken, num_blocks)])
     return replace(
@@ -352,7 +342,7 @@ def compact(queue: LruQueue) -> LruQueue:
 
 
 def _flip(
-    tree: tuple[jax.Array, ...], entry: jax.Array, sign: jax.Array | int, *, capacity: int
+    tree: tuple[jax.Array, ...], entry: jax.Array, sign: NDArray[np.int32] | int, *, capacity: int
 ) -> tuple[jax.Array, ...]:
     """Sets (`sign` 1) or clears (-1) the bits of distinct ring entries i32[M], padded with R."""
     *counts, words = tree

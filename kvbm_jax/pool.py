@@ -33,6 +33,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from kvbm_jax import index as block_index
 from kvbm_jax import lru
@@ -328,7 +329,7 @@ def exchange(state: PoolState, dropped: jax.Array, prefixes: jax.Array) -> tuple
     registered = block_index.is_registered(state.index, dropped)
     idle = state.ref_counts.at[taken].get(**FILL, fill_value=1) == 0
     refs, idle, registered = fence((state.ref_counts, idle, registered))
-    refs = refs.at[named].add(jnp.where(jnp.arange(named.shape[0]) < count, -1, 1), **DROP)
+    refs = refs.at[named].add(np.repeat(np.array([-1, 1], np.int32), (count, taken.size)), **DROP)
     left = refs.at[dropped].get(**FILL, fill_value=1)
     refs, left = fence((refs, left))
     queue, marks = lru.mark(state.inactive, dropped, taken, idle)
@@ -490,10 +491,9 @@ def give_up(state: PoolState, duplicates: jax.Array, canonical: jax.Array) -> Po
       duplicates: i32[F] distinct held blocks that are not registered, padded with N.
       canonical: i32[F] registered blocks, padded with N.
     """
-    count = duplicates.shape[0]
     idle = state.ref_counts.at[canonical].get(**FILL, fill_value=1) == 0
     refs, idle = fence((state.ref_counts, idle))
-    change = jnp.where(jnp.arange(2 * count) < count, -1, 1)
+    change = np.repeat(np.array([-1, 1], np.int32), duplicates.size)
     refs = refs.at[jnp.concatenate([duplicates, canonical])].add(change, **DROP)
     free = refs.at[duplicates].get(**FILL, fill_value=1) == 0
     refs, free = fence((refs, free))

@@ -24,6 +24,7 @@ import numpy as np
 from kvbm_jax import eviction, policies, pool, traces
 from kvbm_jax.errors import ConfigError, InvariantError
 from kvbm_jax.offload.victims import VictimTiers
+from kvbm_jax.padding import CLIP
 from kvbm_jax.programs import cpu_device
 from kvbm_jax.protocols import Tier
 
@@ -390,7 +391,7 @@ def _run(
         """Replays requests of more than `low` and up to `width` ids until another comes."""
 
         def goes_on(carry: _Carry) -> jax.Array:
-            count = counts.at[carry[0]].get(mode="clip")
+            count = counts.at[carry[0]].get(**CLIP)
             return left(carry) & (count > low) & (count <= width)
 
         def one(carry: _Carry) -> _Carry:
@@ -438,7 +439,7 @@ def _request(
     wanted = jnp.where(fits, count - hits, 0)
     state, drawn = pool.admit(state, begun, wanted[None], max_count=width, scores=scores)
     memory = policy.hit(memory, state, found)
-    fresh = drawn.block_ids.at[column - hits].get(mode="clip")
+    fresh = drawn.block_ids.at[column - hits].get(**CLIP)
     fresh = jnp.where(fits & (column >= hits) & (column < count), fresh, none)
     state, entered = pool.enter(state, fresh, pool.keys_of(hashes, 0))
     duplicate = entered.canonical != fresh
