@@ -286,6 +286,19 @@ def test_a_row_that_ends_may_begin_anew_and_find_what_it_left():
     assert d.step(ending=[0], starting=[(0, [0, 1, 1, 0], 14)])["cached"] == [12]
 
 
+def test_a_bound_on_what_a_step_grants_refuses_the_rows_beyond_it():
+    d = Driver(ONE)
+    bounded = jax.jit(functools.partial(step.step, max_blocks=MAX_BLOCKS, max_fresh=3))
+    plan = make_plan(starting=[(0, [0, 1], 2 * T), (1, [1, 1], 2 * T)])
+    state, running, result = bounded(d.state, d.running, plan)
+    assert result.start_status.tolist() == [OK, Status.OUT_OF_BLOCKS]
+    assert running.lengths.tolist() == [2 * T, 0, 0, 0]
+    assert int(pool.stats(state).held) == 2
+    _, running, result = bounded(state, running, make_plan(starting=[(1, [1, 1], 2 * T)], growing=[(0, T)]))
+    assert (result.start_status.tolist()[0], result.grow_status.tolist()[0]) == (OK, OK)
+    assert running.lengths.tolist() == [3 * T, 2 * T, 0, 0]
+
+
 def test_without_room_in_the_queue_nothing_happens():
     d = Driver(ONE)
     d.step(starting=[(0, [0, 1, 1], 12)])
