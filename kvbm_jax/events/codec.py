@@ -19,15 +19,17 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError, LayoutError
-from kvbm_jax.events.schema import SCHEMA_VERSION, KvEventBatch
+from kvbm_jax.events.columns import offsets_of
+from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEventBatch
+from kvbm_jax.protocols import Tier
 
-__all__ = ["MAX_MESSAGE_BYTES", "EventCodec", "check_version", "total"]
+__all__ = ["MAX_MESSAGE_BYTES", "EventCodec", "batch_of", "check_version", "fields_of", "total"]
 
 MAX_MESSAGE_BYTES = 64 << 20
-_NUM_TIERS = 4
-_NUM_TYPES = 4
 
 
 class EventCodec(Protocol):
@@ -93,13 +95,74 @@ def check_version(version: int) -> None:
         )
 
 
-def check_codes(batch: KvEventBatch) -> KvEventBatch:
-    """Returns a batch read from a wire if its types and tiers are ones that there are.
+def fields_of(
+    batch: KvEventBatch,
+    column: Callable[[NDArray[np.generic]], Any],
+    hashes: Callable[[NDArray[np.uint32]], Any],
+) -> dict[str, Any]:
+    """Returns the fields of a native message, less `event_types` and `token_ids`.
+
+    Args:
+      batch: What the message says.
+      column: Puts a column of numbers `[E]` into the codec's form.
+      hashes: Puts a column of hashes `uint32[E, 4]` into it.
+    """
+    return {
+        "schema_version": batch.schema_version,
+        "worker_id": batch.worker_id,
+        "block_size": batch.block_size,
+        "dp_rank": batch.dp_rank,
+        "event_ids": column(batch.event_ids),
+        "timestamps": column(batch.timestamps),
+        "block_ids": column(batch.block_ids),
+        "tiers": column(batch.tiers),
+        "group_idx": column(batch.group_idx),
+        "sequence_hashes": hashes(batch.sequence_hashes),
+        "parent_hashes": hashes(batch.parent_hashes),
+        "token_counts": column((batch.token_offsets[1:] - batch.token_offsets[:-1]).astype(np.uint32)),
+        "from_tiers": column(batch.from_tiers),
+        "from_block_ids": column(batch.from_block_ids),
+        "lora_names": batch.lora_names,
+        "to_workers": batch.to_workers,
+        "metadata": tuple(dict(row) for row in batch.metadata),
+    }
+
+
+def batch_of(
+    message: Any,
+    column: Callable[[str, type[np.generic]], NDArray[Any]],
+    hashes: Callable[[str], NDArray[np.uint32]],
+    **rest: Any,
+) -> KvEventBatch:
+    """Returns the batch of a native message.
+
+    Args:
+      message: Has the message's fields as attributes.
+      column: Makes the column of numbers `[E]` of a field's name and the column's dtype.
+      hashes: Makes the column of hashes `uint32[E, 4]` of a field's name.
+      **rest: The batch's `event_types`, `token_ids`, `lora_names`, `to_workers` and `metadata`.
 
     Raises:
-      EventDecodeError: They are not.
+      EventDecodeError: Its types or tiers are none that there are.
     """
-    for name, limit in (("event_types", _NUM_TYPES - 1), ("tiers", _NUM_TIERS), ("from_tiers", _NUM_TIERS)):
+    batch = KvEventBatch(
+        worker_id=message.worker_id,
+        block_size=message.block_size,
+        dp_rank=message.dp_rank,
+        event_ids=column("event_ids", np.uint64),
+        timestamps=column("timestamps", np.uint64),
+        block_ids=column("block_ids", np.uint64),
+        tiers=column("tiers", np.uint8),
+        group_idx=column("group_idx", np.uint32),
+        sequence_hashes=hashes("sequence_hashes"),
+        parent_hashes=hashes("parent_hashes"),
+        token_offsets=offsets_of(column("token_counts", np.uint32)),
+        from_tiers=column("from_tiers", np.uint8),
+        from_block_ids=column("from_block_ids", np.uint64),
+        schema_version=message.schema_version,
+        **rest,
+    )
+    for name, limit in (("event_types", len(EventType) - 1), ("tiers", len(Tier)), ("from_tiers", len(Tier))):
         codes = getattr(batch, name).tobytes()
         if codes and max(codes) > limit:
             raise EventDecodeError(f"{name} are numbers from 0 to {limit}; one is {max(codes)}")

@@ -9,10 +9,11 @@ from typing import Annotated, Any
 
 import msgspec
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError
-from kvbm_jax.events.codec import check_codes, check_version, total
+from kvbm_jax.events.codec import batch_of, check_version, fields_of, total
+from kvbm_jax.events.columns import from_bytes, from_numbers, hash_rows, to_bytes, to_numbers
 from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEventBatch, Shared
 
 __all__ = ["JsonCodec", "MsgpackCodec"]
@@ -88,19 +89,9 @@ class MsgpackCodec:
             return _PACK.encode(_packed(batch, batch.shared))
         return _PACK.encode(
             _Packed(
-                **_head(batch),
+                **fields_of(batch, to_bytes, to_bytes),
                 event_types=batch.event_types.tobytes(),
-                event_ids=_bytes(batch.event_ids, "<u8"),
-                timestamps=_bytes(batch.timestamps, "<u8"),
-                block_ids=_bytes(batch.block_ids, "<u8"),
-                tiers=_bytes(batch.tiers, "u1"),
-                group_idx=_bytes(batch.group_idx, "<u4"),
-                sequence_hashes=_bytes(batch.sequence_hashes, "<u4"),
-                parent_hashes=_bytes(batch.parent_hashes, "<u4"),
-                token_counts=_bytes(_counts(batch), "<u4"),
                 token_ids=batch.token_ids.astype("<u4", copy=False).tobytes(),
-                from_tiers=_bytes(batch.from_tiers, "u1"),
-                from_block_ids=_bytes(batch.from_block_ids, "<u8"),
             )
         )
 
@@ -111,41 +102,25 @@ class MsgpackCodec:
         check_version(found.schema_version)
         count = len(found.event_types)
 
-        def column[T: np.generic](name: str, dtype: type[T], width: int = 1) -> NDArray[T]:
-            raw: bytes = getattr(found, name)
-            if not raw:
-                return np.zeros(count * width, dtype)
-            wire = np.dtype(dtype).newbyteorder("<")
-            if len(raw) != count * width * wire.itemsize:
-                raise EventDecodeError(
-                    f"{name} has {len(raw)} bytes; {count} events have {count * width * wire.itemsize}"
-                )
-            return np.frombuffer(raw, wire).astype(dtype, copy=False)
+        def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
+            return from_bytes(name, getattr(found, name), dtype, count)
+
+        def hashes(name: str) -> NDArray[np.uint32]:
+            return from_bytes(name, getattr(found, name), np.uint32, count, (4,))
 
         if len(found.token_ids) % 4:
             raise EventDecodeError(f"token_ids has {len(found.token_ids)} bytes, which is no multiple of 4")
-        batch = KvEventBatch(
-            worker_id=found.worker_id,
-            block_size=found.block_size,
-            dp_rank=found.dp_rank,
+        batch = batch_of(
+            found,
+            column,
+            hashes,
             event_types=column("event_types", np.uint8),
-            event_ids=column("event_ids", np.uint64),
-            timestamps=column("timestamps", np.uint64),
-            block_ids=column("block_ids", np.uint64),
-            tiers=column("tiers", np.uint8),
-            group_idx=column("group_idx", np.uint32),
-            sequence_hashes=column("sequence_hashes", np.uint32, 4).reshape(-1, 4),
-            parent_hashes=column("parent_hashes", np.uint32, 4).reshape(-1, 4),
-            token_offsets=_offsets(column("token_counts", np.uint32)),
             token_ids=np.frombuffer(found.token_ids, "<u4").astype(np.uint32, copy=False),
-            from_tiers=column("from_tiers", np.uint8),
-            from_block_ids=column("from_block_ids", np.uint64),
             lora_names=found.lora_names,
             to_workers=found.to_workers,
             metadata=found.metadata,
-            schema_version=found.schema_version,
         )
-        return (check_codes(batch),)
+        return (batch,)
 
 
 class JsonCodec:
@@ -158,19 +133,9 @@ class JsonCodec:
         """Returns the message of a batch."""
         return _WRITE.encode(
             _Plain(
-                **_head(batch),
+                **fields_of(batch, to_numbers, _hex),
                 event_types=[_TYPES[code] for code in batch.event_types.tolist()],
-                event_ids=_numbers(batch.event_ids),
-                timestamps=_numbers(batch.timestamps),
-                block_ids=_numbers(batch.block_ids),
-                tiers=_numbers(batch.tiers),
-                group_idx=_numbers(batch.group_idx),
-                sequence_hashes=_hex(batch.sequence_hashes),
-                parent_hashes=_hex(batch.parent_hashes),
-                token_counts=_numbers(_counts(batch)),
                 token_ids=batch.token_ids.tolist(),
-                from_tiers=_numbers(batch.from_tiers),
-                from_block_ids=_numbers(batch.from_block_ids),
             )
         )
 
@@ -181,47 +146,24 @@ class JsonCodec:
         check_version(found.schema_version)
         count = len(found.event_types)
 
-        def column[T: np.generic](name: str, dtype: type[T]) -> NDArray[T]:
-            return np.array(getattr(found, name) or [0] * count, dtype)
+        def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
+            return from_numbers(getattr(found, name), dtype, count)
 
-        def hashes(values: list[str | None]) -> NDArray[np.uint32]:
-            joined = b"".join(bytes.fromhex(value) if value else _NO_HASH for value in values) or _NO_HASH * count
-            return np.frombuffer(joined, "<u4").astype(np.uint32, copy=False).reshape(-1, 4)
+        def hashes(name: str) -> NDArray[np.uint32]:
+            values: list[str | None] = getattr(found, name) or [None] * count
+            return hash_rows(b"".join([bytes.fromhex(value) if value else _NO_HASH for value in values]))
 
-        batch = KvEventBatch(
-            worker_id=found.worker_id,
-            block_size=found.block_size,
-            dp_rank=found.dp_rank,
+        batch = batch_of(
+            found,
+            column,
+            hashes,
             event_types=np.array([kind.code for kind in found.event_types], np.uint8),
-            event_ids=column("event_ids", np.uint64),
-            timestamps=column("timestamps", np.uint64),
-            block_ids=column("block_ids", np.uint64),
-            tiers=column("tiers", np.uint8),
-            group_idx=column("group_idx", np.uint32),
-            sequence_hashes=hashes(found.sequence_hashes),
-            parent_hashes=hashes(found.parent_hashes),
-            token_offsets=_offsets(column("token_counts", np.uint32)),
             token_ids=np.array(found.token_ids, np.uint32),
-            from_tiers=column("from_tiers", np.uint8),
-            from_block_ids=column("from_block_ids", np.uint64),
             lora_names=found.lora_names,
             to_workers=found.to_workers,
             metadata=found.metadata,
-            schema_version=found.schema_version,
         )
-        return (check_codes(batch),)
-
-
-def _head(batch: KvEventBatch) -> dict[str, Any]:
-    return {
-        "schema_version": batch.schema_version,
-        "worker_id": batch.worker_id,
-        "block_size": batch.block_size,
-        "dp_rank": batch.dp_rank,
-        "lora_names": batch.lora_names,
-        "to_workers": batch.to_workers,
-        "metadata": tuple(dict(row) for row in batch.metadata) if batch.metadata else (),
-    }
+        return (batch,)
 
 
 def _packed(batch: KvEventBatch, shared: Shared) -> _Packed:
@@ -239,29 +181,17 @@ def _packed(batch: KvEventBatch, shared: Shared) -> _Packed:
         dp_rank=shared.dp_rank,
         lora_names=() if shared.lora_name is None else (shared.lora_name,) * count,
         event_types=bytes((shared.event_type.code,)) * count,
-        event_ids=repeated(first, 8) if count == 1 else _bytes(np.arange(first, first + count, dtype=np.uint64), "<u8"),
+        event_ids=repeated(first, 8) if count == 1 else to_bytes(np.arange(first, first + count, dtype=np.uint64)),
         timestamps=repeated(shared.timestamp, 8),
-        block_ids=b"" if block_ids is None else _bytes(block_ids, "<u8"),
+        block_ids=b"" if block_ids is None else to_bytes(block_ids),
         tiers=repeated(shared.tier, 1),
         group_idx=repeated(shared.group_idx, 4),
-        sequence_hashes=_bytes(batch.sequence_hashes, "<u4"),
-        parent_hashes=_bytes(batch.parent_hashes, "<u4"),
+        sequence_hashes=to_bytes(batch.sequence_hashes),
+        parent_hashes=to_bytes(batch.parent_hashes),
         token_counts=repeated(shared.tokens_each, 4),
         token_ids=batch.token_ids.astype("<u4", copy=False).tobytes(),
         from_tiers=repeated(shared.from_tier, 1),
     )
-
-
-def _bytes(column: NDArray[np.generic], dtype: DTypeLike) -> bytes:
-    """The bytes of a column, or none if all are zero."""
-    raw = column.astype(dtype, copy=False).tobytes()
-    return raw if raw.strip(b"\0") else b""
-
-
-def _numbers(column: NDArray[np.generic]) -> list[int]:
-    """The numbers of a column, or none if all are zero."""
-    numbers: list[int] = column.tolist() if column.any() else []
-    return numbers
 
 
 def _hex(hashes: NDArray[np.uint32]) -> list[str | None]:
@@ -271,13 +201,3 @@ def _hex(hashes: NDArray[np.uint32]) -> list[str | None]:
     digits = hashes.astype("<u4", copy=False).tobytes().hex()
     parts = (digits[i : i + 32] for i in range(0, len(digits), 32))
     return [part if part.strip("0") else None for part in parts]
-
-
-def _counts(batch: KvEventBatch) -> NDArray[np.uint32]:
-    return (batch.token_offsets[1:] - batch.token_offsets[:-1]).astype(np.uint32)
-
-
-def _offsets(counts: NDArray[np.uint32]) -> NDArray[np.int64]:
-    offsets = np.zeros(len(counts) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
-    return offsets
