@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError, LayoutError
 from kvbm_jax.events.codec import total
+from kvbm_jax.events.columns import hash_rows, offsets_of
 from kvbm_jax.events.runs import Run, runs
 from kvbm_jax.events.schema import EventType, KvEventBatch, Shared
 from kvbm_jax.protocols import Tier
@@ -413,8 +414,6 @@ class _Rows:
         def column[T: np.generic](which: int, dtype: type[T]) -> NDArray[T]:
             return np.repeat(np.array([row[which] for row in self._rows], dtype), counts)
 
-        offsets = np.zeros(total_count + 1, np.int64)
-        np.cumsum(column(4, np.int64), out=offsets[1:])
         named = any(row[5] for row in self._rows)
         self._done.append(
             KvEventBatch(
@@ -427,9 +426,9 @@ class _Rows:
                 block_ids=np.zeros(total_count, np.uint64),
                 tiers=column(2, np.uint8),
                 group_idx=column(3, np.uint32),
-                sequence_hashes=_hash_rows(self._hashes),
-                parent_hashes=_hash_rows(self._parents),
-                token_offsets=offsets,
+                sequence_hashes=hash_rows(b"".join(self._hashes)),
+                parent_hashes=hash_rows(b"".join(self._parents)),
+                token_offsets=offsets_of(column(4, np.int64)),
                 token_ids=np.concatenate(self._tokens) if self._tokens else np.zeros(0, np.uint32),
                 from_tiers=np.zeros(total_count, np.uint8),
                 from_block_ids=np.zeros(total_count, np.uint64),
@@ -444,7 +443,3 @@ class _Rows:
         if self._rows:
             self._end()
         return tuple(self._done)
-
-
-def _hash_rows(parts: list[bytes]) -> NDArray[np.uint32]:
-    return np.frombuffer(b"".join(parts), "<u4").astype(np.uint32, copy=False).reshape(-1, 4)

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm_jax.events.columns import hash_keys, offsets_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 
@@ -71,12 +72,9 @@ class LiveBlocks:
                 continue
             lengths = [len(batch) for batch in together]
             count = sum(lengths)
-            keys = np.empty(count, _KEY)
             hashes = np.concatenate([batch.sequence_hashes for batch in together])
-            keys["hash"] = np.ascontiguousarray(hashes, "<u4").view("V16")[:, 0]
-            keys["tier"], keys["group_idx"] = plain
-            names: list[bytes] = keys.view(f"V{_KEY.itemsize}").tolist()
-            self._positions.update(zip(names, range(self._rows, self._rows + count), strict=True))
+            keys = _names(hashes, *plain)
+            self._positions.update(zip(keys, range(self._rows, self._rows + count), strict=True))
             self._starts += itertools.accumulate(lengths[:-1], initial=self._rows)
             self._batches += together
             self._rows += count
@@ -142,19 +140,25 @@ class LiveBlocks:
 
 
 def _plain(batch: KvEventBatch) -> tuple[int, int] | None:
-    """Tier and group of a batch whose events all create blocks in one tier and group, and say that they do."""
+    """Group and tier of a batch whose events all create blocks in one tier and group, and say that they do."""
     shared = batch.shared
     if shared is None or shared.event_type is not EventType.CREATED or not len(batch):
         return None
-    return shared.tier, shared.group_idx
+    return shared.group_idx, shared.tier
 
 
 def _keys(batch: KvEventBatch, tiers: NDArray[np.uint8], start: int, stop: int) -> list[bytes]:
+    return _names(batch.sequence_hashes[start:stop], batch.group_idx[start:stop], tiers[start:stop])
+
+
+def _names(
+    hashes: NDArray[np.uint32], group_idx: NDArray[np.uint32] | int, tiers: NDArray[np.uint8] | int
+) -> list[bytes]:
     """What names the claims of rows: hash, group and tier."""
-    keys = np.empty(stop - start, _KEY)
-    keys["hash"] = np.ascontiguousarray(batch.sequence_hashes[start:stop], "<u4").view("V16")[:, 0]
-    keys["group_idx"] = batch.group_idx[start:stop]
-    keys["tier"] = tiers[start:stop]
+    keys = np.empty(len(hashes), _KEY)
+    keys["hash"] = np.ascontiguousarray(hashes, "<u4").view("V16")[:, 0]
+    keys["group_idx"] = group_idx
+    keys["tier"] = tiers
     names: list[bytes] = keys.view(f"V{_KEY.itemsize}").tolist()
     return names
 
@@ -162,8 +166,7 @@ def _keys(batch: KvEventBatch, tiers: NDArray[np.uint8], start: int, stop: int) 
 def _take(batch: KvEventBatch, rows: NDArray[np.int64]) -> KvEventBatch:
     """Rows of a batch, in the order given, as `created` events."""
     counts = np.diff(batch.token_offsets)[rows]
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(counts, out=offsets[1:])
+    offsets = offsets_of(counts)
     tokens = np.arange(offsets[-1]) + np.repeat(batch.token_offsets[:-1][rows] - offsets[:-1], counts)
 
     def chosen[T](values: tuple[T, ...]) -> tuple[T, ...]:
@@ -225,10 +228,7 @@ def _join(batches: list[KvEventBatch]) -> KvEventBatch:
 
 def _in_order(batch: KvEventBatch) -> list[KvEventBatch]:
     """A batch of blocks that are all there at once as batches of bounded length, parents before children."""
-    hashes, parents = (
-        np.ascontiguousarray(column, "<u4").view("V16")[:, 0].tolist()
-        for column in (batch.sequence_hashes, batch.parent_hashes)
-    )
+    hashes, parents = hash_keys(batch.sequence_hashes), hash_keys(batch.parent_hashes)
     waiting: dict[bytes, list[int]] = {}
     there = set(hashes)
     roots = []

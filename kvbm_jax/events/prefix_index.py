@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import ConfigError, EventDecodeError, HashingError
+from kvbm_jax.events.columns import hash_keys
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 from kvbm_jax.events.subscription import EventGap
@@ -382,8 +383,7 @@ class _Run(NamedTuple):
 
 def _runs(batch: KvEventBatch, first: int, hash_bytes: int) -> Iterator[_Run]:
     """Cuts a batch, from row `first` on, into runs whose every event changes something."""
-    hashes = np.ascontiguousarray(batch.sequence_hashes[first:, : hash_bytes // 4], "<u4")
-    keys = hashes.view(f"V{hash_bytes}").ravel().tolist()
+    keys = hash_keys(batch.sequence_hashes[first:], hash_bytes)
     types, tiers, origins = batch.event_types[first:], batch.tiers[first:], batch.from_tiers[first:]
     group_idx = batch.group_idx[first:]
     one = int(types[0]), int(tiers[0]), int(origins[0]), int(group_idx[0])
@@ -398,7 +398,7 @@ def _runs(batch: KvEventBatch, first: int, hash_bytes: int) -> Iterator[_Run]:
             tiers = np.where(away & (origins > 0), origins, tiers)
         stays = (types == EventType.MIGRATED.code) & ((origins == 0) | (origins == tiers))
         types = np.where(stays, np.uint8(EventType.CREATED.code), types)
-    named = hashes.any(axis=1) & (tiers > 0)
+    named = batch.sequence_hashes[first:, : hash_bytes // 4].any(axis=1) & (tiers > 0)
     sound = (tiers <= max(Tier)) & (origins <= max(Tier)) & (named | (types == EventType.CLEARED.code))
     kinds = np.stack([np.where(sound, types, np.uint8(_NO_CHANGE)), tiers, origins, group_idx])
     starts = [0, *(np.flatnonzero((kinds[:, 1:] != kinds[:, :-1]).any(axis=0)) + 1).tolist()]
@@ -418,9 +418,7 @@ def _keys(hashes: NDArray[np.uint32] | Sequence[bytes], hash_bytes: int) -> Sequ
     if isinstance(hashes, np.ndarray):
         if hashes.dtype != np.uint32 or hashes.ndim != 2 or hashes.shape[1] != 4:
             raise HashingError(f"hashes must be uint32[n, 4]; these are {hashes.dtype}{list(hashes.shape)}")
-        words = np.ascontiguousarray(hashes[:, : hash_bytes // 4], "<u4")
-        keys: list[bytes] = words.view(f"V{hash_bytes}").ravel().tolist()
-        return keys
+        return hash_keys(hashes, hash_bytes)
     if not all(isinstance(key, bytes) and len(key) == 16 for key in hashes):
         raise HashingError("hashes must be uint32[n, 4], or 16 bytes each")
     return [key[:hash_bytes] for key in hashes]

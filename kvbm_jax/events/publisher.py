@@ -8,8 +8,9 @@ import threading
 from collections.abc import Sequence
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
+from kvbm_jax.events.columns import hash_rows
 from kvbm_jax.events.schema import EventType, KvEvent, KvEventBatch
 from kvbm_jax.protocols import BlockKey, BlockRecord, Clock, EventSink, Tier
 
@@ -92,8 +93,10 @@ class EventPublisher:
                     first_event_id=self._number(len(keys)),
                     timestamp=self._clock.time_ns(),
                     tier=tier,
-                    sequence_hashes=_words([key.sequence_hash for key in keys]),
-                    parent_hashes=_words([record.parent_hash or _NO_HASH for record in records]) if records else None,
+                    sequence_hashes=hash_rows(b"".join([key.sequence_hash for key in keys])),
+                    parent_hashes=hash_rows(b"".join([record.parent_hash or _NO_HASH for record in records]))
+                    if records
+                    else None,
                     token_ids=[record.token_ids for record in records] if records else None,
                     group_idx=[key.group_idx for key in keys],
                     from_tier=from_tier,
@@ -106,8 +109,3 @@ class EventPublisher:
         first = self._next_id
         self._next_id += count
         return first
-
-
-def _words(hashes: Sequence[bytes]) -> NDArray[np.uint32]:
-    """Hashes of 16 bytes as u32[E, 4]."""
-    return np.frombuffer(b"".join(hashes), "<u4").astype(np.uint32).reshape(-1, 4)

@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
+from kvbm_jax.events.columns import hash_keys, hash_rows, offsets_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.protocols import BlockKey
 
@@ -59,8 +59,8 @@ def rows_of(batch: KvEventBatch) -> list[EventRow]:
     A `migrated` with `to_worker` comes as the deletion that it is, one from nowhere as a creation. Rows that name no
     block or no tier are left out.
     """
-    hashes = np.ascontiguousarray(batch.sequence_hashes, "<u4").view("V16").ravel().tolist()
-    parents = np.ascontiguousarray(batch.parent_hashes, "<u4").view("V16").ravel().tolist()
+    hashes = hash_keys(batch.sequence_hashes)
+    parents = hash_keys(batch.parent_hashes)
     tokens = batch.token_ids.astype("<u4", copy=False).tobytes()
     ends = (batch.token_offsets * 4).tolist()
     size = batch.block_size
@@ -118,9 +118,6 @@ def _batch(
     rows: Sequence[EventRow], worker_id: str, block_size: int, dp_rank: int, first_event_id: int
 ) -> KvEventBatch:
     contents = [row.content or _NOTHING for row in rows]
-    lengths = [len(content.tokens) // 4 for content in contents]
-    offsets = np.zeros(len(rows) + 1, np.int64)
-    np.cumsum(lengths, out=offsets[1:])
     loras = tuple(content.lora_name for content in contents)
     metadata = tuple(content.metadata for content in contents)
     return KvEventBatch(
@@ -133,9 +130,9 @@ def _batch(
         block_ids=np.array([row.block_id for row in rows], np.uint64),
         tiers=np.array([row.tier for row in rows], np.uint8),
         group_idx=np.array([row.key.group_idx for row in rows], np.uint32),
-        sequence_hashes=_words([row.key.sequence_hash for row in rows]),
-        parent_hashes=_words([content.parent_hash for content in contents]),
-        token_offsets=offsets,
+        sequence_hashes=hash_rows(b"".join([row.key.sequence_hash for row in rows])),
+        parent_hashes=hash_rows(b"".join([content.parent_hash for content in contents])),
+        token_offsets=offsets_of([len(content.tokens) // 4 for content in contents]),
         token_ids=np.frombuffer(b"".join([content.tokens for content in contents]), "<u4").astype(np.uint32),
         from_tiers=np.array([row.from_tier for row in rows], np.uint8),
         from_block_ids=np.array([row.from_block_id for row in rows], np.uint64),
@@ -145,8 +142,3 @@ def _batch(
 
 
 _NOTHING = BlockContent(NO_PARENT, b"")
-
-
-def _words(hashes: Sequence[bytes]) -> NDArray[np.uint32]:
-    """Hashes of 16 bytes as uint32[E, 4]."""
-    return np.frombuffer(b"".join(hashes), "<u4").astype(np.uint32).reshape(-1, 4)

@@ -29,6 +29,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from kvbm_jax.errors import LayoutError
+from kvbm_jax.events.columns import hash_rows, offsets_of
 from kvbm_jax.protocols import Tier
 
 __all__ = ["SCHEMA_VERSION", "EventType", "KvEvent", "KvEventBatch", "Shared"]
@@ -402,7 +403,7 @@ def _column[T: np.generic](name: str, values: ArrayLike, dtype: type[T], count: 
 
 def _hashes(values: NDArray[np.uint32] | bytes | None, count: int) -> NDArray[np.uint32]:
     if isinstance(values, bytes):
-        return np.frombuffer(values, "<u4").astype(np.uint32, copy=False).reshape(count, 4)
+        return hash_rows(values)
     return np.zeros((count, 4), np.uint32) if values is None else np.asarray(values)
 
 
@@ -410,8 +411,7 @@ def _hash_rows(hashes: Sequence[bytes | None]) -> NDArray[np.uint32]:
     for value in hashes:
         if value is not None and len(value) != len(_NO_HASH):
             raise LayoutError(f"a hash has 16 bytes; {value.hex()} has {len(value)}")
-    joined = b"".join(value or _NO_HASH for value in hashes)
-    return np.frombuffer(joined, "<u4").astype(np.uint32).reshape(-1, 4)
+    return hash_rows(b"".join([value or _NO_HASH for value in hashes]))
 
 
 def _hash_or_none(row: NDArray[np.uint32]) -> bytes | None:
@@ -446,6 +446,6 @@ def _ragged(rows: Any, count: int) -> tuple[NDArray[np.int64], NDArray[np.uint32
     if isinstance(rows, np.ndarray) and rows.ndim == 2:
         width = rows.shape[1]
         return np.arange(count + 1, dtype=np.int64) * width, _column("token_ids", rows.ravel(), np.uint32, None)
-    offsets = np.zeros(count + 1, np.int64)
-    offsets[1:] = np.cumsum([len(row) for row in rows])
-    return offsets, _column("token_ids", [token for row in rows for token in row], np.uint32, None)
+    return offsets_of([len(row) for row in rows]), _column(
+        "token_ids", [token for row in rows for token in row], np.uint32, None
+    )
