@@ -56,7 +56,13 @@ _SHORT = 100  # bytes up to which the same holds for reading
 type _Hash = int | bytes
 
 
-class _Stored(msgspec.Struct, tag_field="type", tag="BlockStored", frozen=True, gc=False):
+class _OfGroup(msgspec.Struct, frozen=True, gc=False, kw_only=True):
+    """By keyword alone, the group is the last field of whatever is derived from this."""
+
+    group_idx: int | msgspec.UnsetType | None = msgspec.UNSET
+
+
+class _Stored(_OfGroup, tag_field="type", tag="BlockStored", frozen=True, gc=False):
     block_hashes: msgspec.Raw
     parent_block_hash: _Hash | None
     token_ids: msgspec.Raw
@@ -64,13 +70,11 @@ class _Stored(msgspec.Struct, tag_field="type", tag="BlockStored", frozen=True, 
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
-    group_idx: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class _Removed(msgspec.Struct, tag_field="type", tag="BlockRemoved", frozen=True, gc=False):
+class _Removed(_OfGroup, tag_field="type", tag="BlockRemoved", frozen=True, gc=False):
     block_hashes: msgspec.Raw
     medium: str | None = None
-    group_idx: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
 class _Cleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", frozen=True, gc=False):
@@ -83,26 +87,18 @@ class _Batch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     dp_rank: int | None = None
 
 
-class _StoredArray(msgspec.Struct, tag="BlockStored", array_like=True, frozen=True, gc=False):
-    block_hashes: msgspec.Raw
-    parent_block_hash: _Hash | None
-    token_ids: msgspec.Raw
-    block_size: int
-    lora_id: int | None = None
-    medium: str | None = None
-    lora_name: str | None = None
+class _StoredArray(_Stored, tag="BlockStored", array_like=True, frozen=True, gc=False):
+    """The older form."""
+
     extra_keys: Any = None
-    group_idx: int | None = None
 
 
-class _RemovedArray(msgspec.Struct, tag="BlockRemoved", array_like=True, frozen=True, gc=False):
-    block_hashes: msgspec.Raw
-    medium: str | None = None
-    group_idx: int | None = None
+class _RemovedArray(_Removed, tag="BlockRemoved", array_like=True, frozen=True, gc=False):
+    """The older form."""
 
 
-class _ClearedArray(msgspec.Struct, tag="AllBlocksCleared", array_like=True, frozen=True, gc=False):
-    medium: str | None = None
+class _ClearedArray(_Cleared, tag="AllBlocksCleared", array_like=True, frozen=True, gc=False):
+    """The older form."""
 
 
 class _ArrayBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
@@ -166,7 +162,7 @@ class EngineCodec:
         if not 0 <= dp_rank < 2**32:
             raise EventDecodeError(f"dp_rank = {dp_rank}: it is a number in [0, 2**32)")
         timestamp = int(message.ts * 1e9)
-        if len(message.events) == 1 and isinstance(message.events[0], (_Stored, _StoredArray)):
+        if len(message.events) == 1 and isinstance(message.events[0], _Stored):
             batch = _one_stored(message.events[0], self._worker_id, timestamp, dp_rank, first_event_id)
             return () if batch is None else (batch,)
         rows = _Rows(self._worker_id, timestamp, dp_rank, first_event_id)
@@ -189,7 +185,7 @@ def _one_block(shared: Shared) -> _Stored:
         None,
         _MEDIUM_OF[shared.tier],
         shared.lora_name,
-        shared.group_idx or msgspec.UNSET,
+        group_idx=shared.group_idx or msgspec.UNSET,
     )
 
 
@@ -211,10 +207,12 @@ def _say(events: list[_Told], batch: KvEventBatch, run: Run) -> None:
         else:
             tokens = batch.token_ids[batch.token_offsets[run.start] : batch.token_offsets[run.stop]]
         parent = _first_64(batch.parent_hashes[run.start]) or None
-        events.append(_Stored(listed, parent, _integers(tokens), batch.block_size, None, medium, run.lora_name, group))
+        events.append(
+            _Stored(listed, parent, _integers(tokens), batch.block_size, None, medium, run.lora_name, group_idx=group)
+        )
     if run.event_type is not EventType.CREATED:
         gone = run.tier if run.from_tier is None else run.from_tier
-        events.append(_Removed(listed, None if gone is None else MEDIA[gone], group))
+        events.append(_Removed(listed, None if gone is None else MEDIA[gone], group_idx=group))
 
 
 def _first_64(hashes: NDArray[np.uint32] | bytes | None) -> int:
@@ -307,7 +305,7 @@ class _Read(NamedTuple):
     tokens: NDArray[np.uint32] | list[int]
 
 
-def _read_stored(event: _Stored | _StoredArray) -> _Read:
+def _read_stored(event: _Stored) -> _Read:
     hashes, tokens = _read_hashes(event.block_hashes), _read_tokens(event.token_ids)
     size, count = event.block_size, len(hashes) // _HASH_BYTES
     if not 0 < size < 2**32 or (tokens_given := len(tokens)) not in {0, count * size}:
@@ -317,12 +315,12 @@ def _read_stored(event: _Stored | _StoredArray) -> _Read:
     return _Read(count, hashes, parents, size if tokens_given else 0, tokens)
 
 
-def _lora_name(event: _Stored | _StoredArray) -> str | None:
+def _lora_name(event: _Stored) -> str | None:
     return event.lora_name or (None if event.lora_id is None else str(event.lora_id))
 
 
 def _one_stored(
-    event: _Stored | _StoredArray, worker_id: str, timestamp: int, dp_rank: int, first_event_id: int
+    event: _Stored, worker_id: str, timestamp: int, dp_rank: int, first_event_id: int
 ) -> KvEventBatch | None:
     """The batch of a message of one BlockStored, the most usual; None if it stores nothing."""
     count, hashes, parents, each, tokens = _read_stored(event)
@@ -371,19 +369,19 @@ class _Rows:
         self._parents: list[bytes] = []
         self._tokens: list[NDArray[np.uint32]] = []
 
-    def add(self, event: _Stored | _Removed | _Cleared | _StoredArray | _RemovedArray | _ClearedArray) -> None:
+    def add(self, event: _Told) -> None:
         """Adds an event."""
         match event:
-            case _Stored() | _StoredArray():
+            case _Stored():
                 self._add_stored(event)
-            case _Removed() | _RemovedArray():
+            case _Removed():
                 hashes = _read_hashes(event.block_hashes)
                 self._add(_DELETED, _tier(event.medium), event.group_idx, hashes, bytes(len(hashes)))
-            case _Cleared() | _ClearedArray():
+            case _Cleared():
                 tier = _tier(event.medium) if isinstance(event.medium, str) else 0
                 self._add(_CLEARED, tier, None, _NO_HASH, _NO_HASH)  # one event, of no block
 
-    def _add_stored(self, event: _Stored | _StoredArray) -> None:
+    def _add_stored(self, event: _Stored) -> None:
         _, hashes, parents, each, tokens = _read_stored(event)
         if self._block_size not in {0, event.block_size}:
             self._end()
