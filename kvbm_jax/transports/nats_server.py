@@ -135,15 +135,16 @@ class NatsServer:
         self.stop()
 
     def _wait_for_port(self, log: Path) -> int:
+        """Looks for the server's file of ports, which nothing announces, until it is there or the process has ended."""
         deadline = time.monotonic() + _PATIENCE
         while time.monotonic() < deadline:
-            if self._process.poll() is not None:
-                break
             for file in self._run.glob("*.ports"):
                 with contextlib.suppress(msgspec.DecodeError):  # it is being written
                     (url, *_) = msgspec.json.decode(file.read_bytes(), type=_Ports).nats
                     return int(url.rpartition(":")[2])
-            time.sleep(_POLL)
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it lives: look again
+                self._process.wait(_POLL)
+                break
         said = " ".join(log.read_text(errors="replace").split()[-60:])
         raise TransportError(f"nats-server does not start: {said or 'it says nothing'}")
 
