@@ -14,7 +14,7 @@ import zmq
 from kvbm_jax.events import KvEventBatch
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
 
-__all__ = ["Stored", "StoredBatch"]
+__all__ = ["Cleared", "Stored", "StoredBatch"]
 
 
 class Stored(msgspec.Struct, tag_field="type", tag="BlockStored", gc=False):

@@ -8,6 +8,7 @@ import argparse
 import collections
 import contextlib
 import datetime
+import itertools
 import json
 import time
 from collections.abc import Iterator
@@ -55,12 +56,9 @@ def _tail(args: argparse.Namespace) -> Report:
     counts: collections.Counter[str] = collections.Counter()
     # Ctrl-C is how a person ends it.
     with _subscribe(args) as subscription, contextlib.suppress(KeyboardInterrupt):
-        for item in _until(subscription, args.seconds):
-            for line in _lines(item):
-                counts[line["item"]] += 1
-                print(json.dumps(line) if args.json else _text(line), flush=True)
-                if counts["event"] == args.events:
-                    break
+        for line in itertools.chain.from_iterable(map(_lines, _until(subscription, args.seconds))):
+            counts[line["item"]] += 1
+            print(json.dumps(line) if args.json else _text(line), flush=True)
             if counts["event"] == args.events:
                 break
     data = {"events": counts["event"], "snapshots": counts["snapshot"], "gaps": counts["gap"]}
