@@ -10,11 +10,10 @@ the union:
     engine   → source("engine")  ─┘         └→ snapshot()          for who joins late
 
     per tier   created when the first source has the block in a tier, deleted when the last one there has it no more;
-    each
-               tier is told for itself. A block that moves down is `migrated`, where both halves are true of the union.
+               each tier is told for itself. A block that moves down is `migrated`, where both halves are true of the
+               union.
     merged     created when the block is first anywhere, deleted when no tier has it any more: what a router should
-    believe.
-               Its tier is where the block was first; moves between tiers are not told.
+               believe. Its tier is where the block was first; moves between tiers are not told.
 
 So a block that host memory evicts stays announced while the disk has it. Data-parallel ranks are apart from each other;
 groups and LoRA names belong to the block. Blocks are one if their hashes are; for engines, which hash in their own way,

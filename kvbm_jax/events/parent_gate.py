@@ -33,9 +33,11 @@ class ParentGate:
     Its methods may be called from any thread.
 
     Args:
-      sink: Takes what is passed on. Closed by `close`. worker_id: Who tells it. tier: Where every block is said to be,
-      whatever tiers it is in, from its first copy to its last; None for the tiers
-        that it is in. Dynamo's indexer has a tree for each tier and wants the parent in the same: it needs one tier.
+      sink: Takes what is passed on. Closed by `close`.
+      worker_id: Who tells it.
+      tier: Where every block is said to be, whatever tiers it is in, from its first copy to its last; None for the
+        tiers that it is in. Dynamo's indexer has a tree for each tier and wants the parent in the same: it needs one
+        tier.
       clock: For the time of snapshots.
     """
 

@@ -122,8 +122,7 @@ class PrefixIndex:
 
     Args:
       hash_bytes: How much of each hash is looked at: 16, all of it; or 8, which is what the engines' and Dynamo's
-      languages
-        carry. Streams in those languages need 8, and so do streams of both kinds together.
+        languages carry. Streams in those languages need 8, and so do streams of both kinds together.
 
     Raises:
       ConfigError: It is another number.

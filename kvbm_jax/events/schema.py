@@ -7,8 +7,7 @@ for people and tests. These are records: nothing here is sent, and their encodin
 
     created    a tier holds the block and it can be read
     deleted    the tier no longer does
-    migrated   within one worker, down: `deleted` in from_tier and `created` in tier, in one, once the lower
-    copy
+    migrated   within one worker, down: `deleted` in from_tier and `created` in tier, in one, once the lower copy
                can be read; with to_worker: the source's half of a move between workers, a deletion there
     cleared    a tier, or with tier None the whole worker, is empty; block_id is 0
 

@@ -231,8 +231,7 @@ class NatsThread:
 
     def _run(self) -> None:
         try:
-            # Stopping cancels what runs.
-            # Cancelled is a session that is not wanted any more.
+            # Stopping cancels a session that is not wanted any more.
             with contextlib.suppress(asyncio.CancelledError), asyncio.Runner(loop_factory=lambda: self.loop) as runner:
                 runner.run(self._stay())
         except Exception as error:  # noqa: BLE001 (whoever waits for the first session must hear of it)
