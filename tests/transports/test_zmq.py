@@ -1,33 +1,21 @@
-import asyncio
 import contextlib
-import random
 import struct
 import threading
 
 import msgspec
 import pytest
 import zmq
-from event_batches import FOREIGN, View, chain, random_life
+from event_batches import FOREIGN, View, chain
+from event_transports import ANY
+from event_transports import zmq_publisher as publisher
+from event_transports import zmq_subscription as subscribe
 
-from kvbm_jax.errors import BlockStateError, ConfigError, TransportError
-from kvbm_jax.events import EngineCodec, EventGap, EventType, KvEventBatch, MsgpackCodec, WorkerSnapshot
-from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisher, ZmqKvEventPublisherConfig
+from kvbm_jax.errors import ConfigError, TransportError
+from kvbm_jax.events import EngineCodec, EventGap, EventType, KvEventBatch
+from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisherConfig
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
 
-ANY = "tcp://127.0.0.1:*"
 END = (b"", b"\xff" * 8, b"")
-
-
-def publisher(**fields):
-    fields = {"worker_id": "w-1", "endpoint": ANY, "replay_endpoint": ANY, "codec": MsgpackCodec()} | fields
-    return ZmqKvEventPublisher(ZmqKvEventPublisherConfig(**fields))
-
-
-def subscribe(source, **fields):
-    fields = {"codec": MsgpackCodec(), "worker_id": "w-1"} | fields
-    return subscribe_zmq(
-        ZmqKvEventSubscriberConfig(endpoint=source.endpoint, replay_endpoint=source.replay_endpoint, **fields)
-    )
 
 
 @pytest.fixture
@@ -73,51 +61,6 @@ class Engine:
         self.stopped.set()
         self.thread.join()
         self.context.destroy(linger=0)
-
-
-def test_a_late_subscriber_gets_a_snapshot_and_then_the_stream():
-    life = random_life(random.Random(0))
-    with publisher() as source:
-        for batch, _ in life[:30]:
-            source.publish(batch)
-        with subscribe(source) as subscription:
-            view = View()
-            view.follow(subscription, lambda view: view.snapshots)
-            for batch, _ in life[30:]:
-                source.publish(batch)
-            last = int(life[-1][0].event_ids[-1])
-            view.follow(subscription, lambda view: view.event_ids[-1:] == [last])
-    assert view.claims == life[-1][1]
-    assert view.gaps == []
-    assert view.event_ids == list(range(view.event_ids[0], last + 1))
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_whenever_a_subscriber_joins_nothing_is_missed(seed):
-    """Subscribers come while a thread publishes; every one ends with what the worker holds."""
-    life = random_life(random.Random(seed), steps=300)
-    with publisher() as source:
-        thread = threading.Thread(target=lambda: [source.publish(batch) for batch, _ in life])
-        thread.start()
-        subscriptions = [subscribe(source, quiet=0.2) for _ in range(3)]
-        thread.join()
-        for subscription in subscriptions:
-            view = View()
-            view.follow(subscription, lambda view: view.snapshots and view.claims == life[-1][1])
-            assert view.gaps == []
-            assert view.event_ids == sorted(set(view.event_ids))
-            subscription.close()
-
-
-def test_what_the_queue_dropped_is_healed_by_a_snapshot():
-    life = random_life(random.Random(5), steps=400)
-    with publisher(max_queue_size=3) as source, subscribe(source, quiet=0.2) as subscription:
-        for batch, _ in life:
-            source.publish(batch)
-        view = View()
-        view.follow(subscription, lambda view: view.claims == life[-1][1] and not source.stats().waiting)
-        assert source.stats().dropped > 0
-        assert view.gaps == []
 
 
 def test_messages_lost_on_the_way_are_replayed(context):
@@ -170,23 +113,6 @@ def test_an_engine_without_replay_is_followed_from_where_it_is(context):
             view.follow(subscription, lambda view: view.gaps)
             assert view.gaps == [EventGap(1, 0)]
             assert first > 1
-
-
-def test_a_worker_that_was_restarted_is_begun_anew():
-    first = random_life(random.Random(1))
-    second = random_life(random.Random(2), steps=5)
-    with publisher() as source:
-        subscription = subscribe(source, quiet=0.2)
-        ends = {"endpoint": source.endpoint, "replay_endpoint": source.replay_endpoint}
-        for batch, _ in first:
-            source.publish(batch)
-        view = View()
-        view.follow(subscription, lambda view: view.claims == first[-1][1])
-    with publisher(**ends) as source, subscription:
-        for batch, _ in second:
-            source.publish(batch)
-        view.follow(subscription, lambda view: view.claims == second[-1][1])
-    assert view.gaps == []
 
 
 def test_an_engine_that_was_restarted_is_begun_anew():
@@ -269,45 +195,6 @@ def test_payloads_that_are_none_are_gaps(context):
         engine.publish(chain(1))
         view.follow(subscription, lambda view: view.claims)
     assert view.gaps == [EventGap(1, 0)]
-
-
-def test_a_subscription_is_read_asynchronously():
-    with publisher() as source, subscribe(source, quiet=0.1) as subscription:
-        source.publish(chain(2))
-        first, second = asyncio.run(asyncio.wait_for(read_until_batch(subscription, source), 20))
-    assert isinstance(first, WorkerSnapshot)
-    assert isinstance(second, KvEventBatch)
-
-
-async def read_until_batch(subscription, source):
-    first = await anext(subscription)
-    source.publish(chain(1, first_event_id=2, seed=2))
-    return first, await anext(subscription)
-
-
-def test_closing_a_subscription_ends_its_iteration():
-    with publisher() as source:
-        subscription = subscribe(source)
-        reader = threading.Thread(target=lambda: list(subscription))
-        reader.start()
-        subscription.close()
-        reader.join(10)
-        assert not reader.is_alive()
-        assert subscription.ended
-
-
-def test_a_closed_publisher_refuses_and_its_last_events_are_delivered():
-    source = publisher()
-    with subscribe(source) as subscription:
-        view = View()
-        view.follow(subscription, lambda view: view.snapshots)
-        for i in range(200):
-            source.publish(chain(1, first_event_id=i, seed=i))
-        source.close()
-        source.close()
-        view.follow(subscription, lambda view: len(view.claims) == 200)
-    with pytest.raises(BlockStateError, match="publish before close"):
-        source.publish(chain(1))
 
 
 def test_an_address_that_is_taken_is_one_clear_error():
