@@ -26,7 +26,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 
 from kvbm_jax.errors import BlockStateError
-from kvbm_jax.events.rows import EventRow, batches_of, rows_of
+from kvbm_jax.events.rows import EventRow, RowPublisher, rows_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 from kvbm_jax.protocols import BlockKey, Clock, EventSink
@@ -83,11 +83,10 @@ class Consolidator:
     ) -> None:
         self.worker_id = worker_id
         self.mode = Consolidation(mode)
-        self._sink = sink
+        self._out = RowPublisher(sink)
         self._clock = clock
         self._sources: dict[str, EventSource] = {}
         self._ranks: dict[int, _Rank] = {}
-        self._next_event_id = 0
         self._lock = threading.Lock()
 
     def source(self, name: str) -> EventSource:
@@ -106,16 +105,12 @@ class Consolidator:
         """Returns what has been told and stands, for who joins late."""
         with self._lock:
             now = self._clock.time_ns()
-            batches = [
-                batch
-                for dp_rank, rank in self._ranks.items()
-                for batch in batches_of(rank.told(now), worker_id=self.worker_id, dp_rank=dp_rank, first_event_id=0)
-            ]
-            return WorkerSnapshot(self.worker_id, self._next_event_id, now, tuple(batches))
+            told = {dp_rank: rank.told(now) for dp_rank, rank in self._ranks.items()}
+            return self._out.snapshot(told, worker_id=self.worker_id, timestamp=now)
 
     def close(self) -> None:
         """Closes the sink, with all claims standing. Idempotent as the sink's `close` is."""
-        self._sink.close()
+        self._out.close()
 
     def _take(self, source: EventSource, batch: KvEventBatch) -> None:
         with self._lock:
@@ -147,10 +142,7 @@ class Consolidator:
         return self._ranks[dp_rank]
 
     def _tell(self, dp_rank: int, rows: Iterable[EventRow]) -> None:
-        first = self._next_event_id
-        for batch in batches_of(rows, worker_id=self.worker_id, dp_rank=dp_rank, first_event_id=first):
-            self._next_event_id += len(batch)
-            self._sink.publish(batch)
+        self._out.publish(rows, worker_id=self.worker_id, dp_rank=dp_rank)
 
     def _check_open(self, source: EventSource) -> None:
         if self._sources.get(source.name) is not source:

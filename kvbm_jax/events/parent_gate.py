@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator
 
-from kvbm_jax.events.rows import EventRow, batches_of, rows_of
+from kvbm_jax.events.rows import EventRow, RowPublisher, rows_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 from kvbm_jax.protocols import BlockKey, Clock, EventSink, Tier
@@ -45,11 +45,10 @@ class ParentGate:
         self, sink: EventSink[KvEventBatch], *, worker_id: str, tier: Tier | None = None, clock: Clock = time
     ) -> None:
         self.worker_id = worker_id
-        self._sink = sink
+        self._out = RowPublisher(sink)
         self._tier = tier
         self._clock = clock
         self._ranks: dict[int, _Forest] = {}
-        self._next_event_id = 0
         self._lock = threading.Lock()
 
     def publish(self, batch: KvEventBatch, /) -> None:
@@ -57,11 +56,7 @@ class ParentGate:
         with self._lock:
             forest = self._ranks.setdefault(batch.dp_rank, _Forest(self._tier))
             rows = [told for row in rows_of(batch) for told in forest.apply(row)]
-            for passed in batches_of(
-                rows, worker_id=self.worker_id, dp_rank=batch.dp_rank, first_event_id=self._next_event_id
-            ):
-                self._next_event_id += len(passed)
-                self._sink.publish(passed)
+            self._out.publish(rows, worker_id=self.worker_id, dp_rank=batch.dp_rank)
 
     def waiting(self) -> int:
         """Returns how many resident blocks are not announced, for want of a parent that is."""
@@ -72,18 +67,12 @@ class ParentGate:
         """Returns what is announced, parents first, for who joins late."""
         with self._lock:
             now = self._clock.time_ns()
-            batches = [
-                batch
-                for dp_rank, forest in self._ranks.items()
-                for batch in batches_of(
-                    forest.announced(now), worker_id=self.worker_id, dp_rank=dp_rank, first_event_id=0
-                )
-            ]
-            return WorkerSnapshot(self.worker_id, self._next_event_id, now, tuple(batches))
+            announced = {dp_rank: forest.announced(now) for dp_rank, forest in self._ranks.items()}
+            return self._out.snapshot(announced, worker_id=self.worker_id, timestamp=now)
 
     def close(self) -> None:
         """Closes the sink."""
-        self._sink.close()
+        self._out.close()
 
 
 class _Node:

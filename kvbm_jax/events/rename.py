@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kvbm_jax.events.rows import NO_PARENT, BlockContent, EventRow, batches_of, rows_of
+from kvbm_jax.events.rows import NO_PARENT, BlockContent, EventRow, RowPublisher, rows_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.hashing import HashAlgorithm, hash_block, hash_bytes
 from kvbm_jax.protocols import BlockKey, EventSink
@@ -47,25 +47,20 @@ class Renamer:
         self, sink: EventSink[KvEventBatch], *, algorithm: HashAlgorithm = HashAlgorithm.BLAKE3, salt: str = ""
     ) -> None:
         self.left_out = 0  # creations whose parent, or whose tokens, are not known
-        self._sink = sink
+        self._out = RowPublisher(sink)
         self._algorithm = algorithm
         self._salt = salt
         self._ranks: dict[int, dict[BlockKey, _Named]] = {}  # by the engine's names
-        self._next_event_id = 0
 
     def publish(self, batch: KvEventBatch, /) -> None:
         """Passes on what of a batch has a name with us, under ids of its own."""
         blocks = self._ranks.setdefault(batch.dp_rank, {})
         rows = [named for row in rows_of(batch) for named in self._rename(blocks, row)]
-        for renamed in batches_of(
-            rows, worker_id=batch.worker_id, dp_rank=batch.dp_rank, first_event_id=self._next_event_id
-        ):
-            self._next_event_id += len(renamed)
-            self._sink.publish(renamed)
+        self._out.publish(rows, worker_id=batch.worker_id, dp_rank=batch.dp_rank)
 
     def close(self) -> None:
         """Closes the sink."""
-        self._sink.close()
+        self._out.close()
 
     def _rename(self, blocks: dict[BlockKey, _Named], row: EventRow) -> Iterator[EventRow]:
         if row.event_type is EventType.CLEARED:

@@ -1,7 +1,7 @@
 """Rows of event batches for stages that look at each event: cheaper than `KvEvent`, for tokens stay bytes.
 
-A stage takes a batch apart with `rows_of`, decides row by row, and puts what it has to say together with `batches_of`,
-under ids of its own.
+A stage takes a batch apart with `rows_of`, decides row by row, and hands what it has to say to a `RowPublisher`, which
+puts it together as batches under ids of its own.
 """
 
 import itertools
@@ -13,9 +13,10 @@ import numpy as np
 
 from kvbm_jax.events.columns import hash_keys, hash_rows, offsets_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
-from kvbm_jax.protocols import BlockKey
+from kvbm_jax.events.snapshot import WorkerSnapshot
+from kvbm_jax.protocols import BlockKey, EventSink
 
-__all__ = ["NO_PARENT", "BlockContent", "EventRow", "batches_of", "rows_of"]
+__all__ = ["NO_PARENT", "BlockContent", "EventRow", "RowPublisher", "rows_of"]
 
 NO_PARENT = bytes(16)
 
@@ -104,10 +105,33 @@ def rows_of(batch: KvEventBatch) -> list[EventRow]:
     return rows
 
 
-def batches_of(
-    rows: Iterable[EventRow], *, worker_id: str, dp_rank: int, first_event_id: int
-) -> Iterator[KvEventBatch]:
-    """Puts rows together, in order, as batches of one worker and rank; one for each run of equal block sizes."""
+class RowPublisher:
+    """Tells rows to a sink, under ids that count up from 0. Not safe for several threads at once."""
+
+    def __init__(self, sink: EventSink[KvEventBatch]) -> None:
+        self._sink = sink
+        self._next_event_id = 0
+
+    def publish(self, rows: Iterable[EventRow], *, worker_id: str, dp_rank: int) -> None:
+        """Publishes rows of one worker and rank, in order."""
+        for batch in _batches(rows, worker_id, dp_rank, self._next_event_id):
+            self._next_event_id += len(batch)
+            self._sink.publish(batch)
+
+    def snapshot(self, ranks: Mapping[int, Iterable[EventRow]], *, worker_id: str, timestamp: int) -> WorkerSnapshot:
+        """Returns the creations that stand after what was published, by rank."""
+        batches = [
+            batch for dp_rank, rows in ranks.items() for batch in _batches(rows, worker_id, dp_rank, first_event_id=0)
+        ]
+        return WorkerSnapshot(worker_id, self._next_event_id, timestamp, tuple(batches))
+
+    def close(self) -> None:
+        """Closes the sink."""
+        self._sink.close()
+
+
+def _batches(rows: Iterable[EventRow], worker_id: str, dp_rank: int, first_event_id: int) -> Iterator[KvEventBatch]:
+    """Puts rows together, in order; one batch for each run of equal block sizes."""
     for block_size, run in itertools.groupby(rows, key=operator.attrgetter("block_size")):
         batch = _batch(list(run), worker_id, block_size, dp_rank, first_event_id)
         first_event_id += len(batch)
