@@ -7,7 +7,6 @@ gone, and a line now and then says how far the worker is. In both cases the work
 """
 
 import asyncio
-import logging
 import threading
 import time
 from collections import deque
@@ -20,9 +19,10 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
-from kvbm_jax.errors import ConfigError, KvbmError, TransportError
+from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec
 from kvbm_jax.protocols import MetricsSink
+from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MESSAGE_ID, NatsStream, Subjects, open_stream, status_of
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
@@ -30,7 +30,6 @@ from kvbm_jax.transports.snapshots import to_batches
 
 __all__ = ["NatsKvEventPublisher", "NatsKvEventPublisherConfig"]
 
-_LOG = logging.getLogger(__name__)
 _CHUNK = 64  # messages for one acknowledgement
 _PATIENCE = 5.0  # seconds without an acknowledgement after which a connection is given up
 _PULSE = 1.0  # seconds between looks at what is late, and lines that say how far the worker is
@@ -95,7 +94,7 @@ class NatsKvEventPublisher:
         self._unacknowledged: deque[_Sent] = deque()
         self._last_answer = 0.0
         self._refused: str | None = None
-        self._complained = False
+        self._encoder = Encoder(config.codec)
         self._sending = False  # from taking batches off the queue until they are sent
         self._settled = threading.Condition()
         self._deadline = float("inf")
@@ -167,7 +166,11 @@ class NatsKvEventPublisher:
                 if not batches:
                     break
                 numbered = enumerate(batches, first)
-                sent = [_Sent(i, data) for i, batch in numbered if (data := self._encode(batch, client)) is not None]
+                sent = [
+                    _Sent(i, data)
+                    for i, batch in numbered
+                    if (data := self._encoder.encode(batch, client.max_payload)) is not None
+                ]
                 if self._config.jetstream:
                     self._unacknowledged += sent
                 await self._send(client, inbox, sent)
@@ -233,23 +236,10 @@ class NatsKvEventPublisher:
         sequence, snapshot = await asyncio.to_thread(self._outbox.snapshot)
         headers = {MESSAGE_ID: self._id(sequence)}
         for batch in to_batches(snapshot):
-            payload = self._encode(batch, client)
+            payload = self._encoder.encode(batch, client.max_payload)
             if payload is not None:
                 await client.publish(request.reply, payload, headers=headers)
         await client.publish(request.reply, b"", headers=headers)
 
     def _id(self, sequence: int) -> str:
         return f"{self._config.worker_id}:{self._life}:{sequence}"
-
-    def _encode(self, batch: KvEventBatch, client: Client) -> bytes | None:
-        """The message of a batch; None if it cannot be sent, which leaves a gap."""
-        try:
-            payload = self._config.codec.encode(batch)
-            if len(payload) > client.max_payload:
-                raise TransportError(f"{len(payload):,} bytes; the server takes {client.max_payload:,}")
-        except (KvbmError, UnicodeError, OverflowError) as error:
-            if not self._complained:
-                self._complained = True
-                _LOG.warning("a batch of %d events is not sent (later ones are not told): %s", len(batch), error)
-            return None
-        return payload

@@ -19,9 +19,10 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Self
 
-from kvbm_jax.errors import ConfigError, KvbmError, MissingDependencyError, TransportError
+from kvbm_jax.errors import ConfigError, MissingDependencyError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
 from kvbm_jax.protocols import MetricsSink
+from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
 from kvbm_jax.transports.snapshots import to_batches
 
@@ -82,7 +83,7 @@ class ZmqKvEventPublisher:
         self._wake = threading.Event()
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=config.buffer_steps)
         self._keeping = threading.Lock()
-        self._complained = False
+        self._encoder = Encoder(config.codec)
         self._outbox = Outbox(
             config.worker_id,
             capacity=config.max_queue_size,
@@ -154,7 +155,9 @@ class ZmqKvEventPublisher:
             while (taken := self._outbox.take(_CHUNK))[1]:
                 numbered = enumerate(taken[1], taken[0])
                 messages = [
-                    (sequence, payload) for sequence, batch in numbered if (payload := self._encode(batch)) is not None
+                    (sequence, payload)
+                    for sequence, batch in numbered
+                    if (payload := self._encoder.encode(batch)) is not None
                 ]
                 with self._keeping:
                     self._kept.extend(messages)  # before they can be read: who has one may ask for it
@@ -167,16 +170,6 @@ class ZmqKvEventPublisher:
             if self._closing.is_set():
                 return
             self._wake.wait()
-
-    def _encode(self, batch: KvEventBatch) -> bytes | None:
-        """The payload of a batch; None if the codec has no words for it, which leaves a gap."""
-        try:
-            return self._config.codec.encode(batch)
-        except (KvbmError, UnicodeError, OverflowError) as error:
-            if not self._complained:
-                self._complained = True
-                _LOG.warning("a batch of %d events is not sent (later ones are not told): %s", len(batch), error)
-            return None
 
     def _serve(self) -> None:
         """The thread that answers requests for replays and snapshots."""
@@ -199,7 +192,7 @@ class ZmqKvEventPublisher:
         """The messages of an answer, without its end."""
         if wanted == SNAPSHOT:
             sequence, snapshot = self._outbox.snapshot()
-            payloads = (self._encode(batch) for batch in to_batches(snapshot))
+            payloads = (self._encoder.encode(batch) for batch in to_batches(snapshot))
             return [(sequence, payload) for payload in payloads if payload is not None]
         (first,) = SEQUENCE.unpack(wanted)
         with self._keeping:
