@@ -3,9 +3,9 @@
 `schema` says what an event is, `publisher` numbers and stamps them, `bus` carries them within this process to its
 subscribers (`subscription`), `sinks` has the trivial receivers, `outlets` finds transports by name. `prefix_index` is
 what a router believes, `snapshot` what it is told first, `live` what a worker makes that from. `consolidator` makes one
-stream of several sources, `parent_gate` one that peers with trees can follow. `codec`, `native`, `engine` and `dynamo`
-turn batches into messages and back. Transports beyond the process are floor 5 (`kvbm_jax.transports`) and not imported
-from here.
+stream of several sources, `parent_gate` one that peers with trees can follow, `rename` one under our hashes; all three
+see batches as `rows`. `codec`, `native`, `engine` and `dynamo` turn batches into messages and back, with `columns` and
+`runs` beneath them. Transports beyond the process are floor 5 (`kvbm_jax.transports`) and not imported from here.
 """
 
 from kvbm_jax.events.bus import EventBus
