@@ -35,6 +35,7 @@ from kvbm_jax import lru as queue
 from kvbm_jax import pool, selection, sequences, sketch
 from kvbm_jax.errors import ConfigError, LayoutError
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import DROP, FILL
 
 __all__ = [
     "NAMES",
@@ -127,7 +128,7 @@ def note_hits(
     if policy.scores is None:
         return memory
     width = running.block_tables.shape[2]
-    tables = running.block_tables.at[:, rows].get(mode="fill", fill_value=running.pool_blocks)
+    tables = running.block_tables.at[:, rows].get(**FILL, fill_value=running.pool_blocks)
     found = jnp.arange(width, dtype=jnp.int32)[None, :] < (num_cached // running.block_size)[:, None]
     return policy.hit(memory, state, jnp.where(found[None], tables, running.pool_blocks).reshape(-1))
 
@@ -160,9 +161,9 @@ def note_registered(
     if policy.scores is None:
         return memory
     none = running.pool_blocks
-    blocks = running.block_tables.at[:, rows, places].get(mode="fill", fill_value=none)
+    blocks = running.block_tables.at[:, rows, places].get(**FILL, fill_value=none)
     before = jnp.where(places > 0, places - 1, running.block_tables.shape[2])
-    parents = running.block_tables.at[:, rows, before].get(mode="fill", fill_value=none)
+    parents = running.block_tables.at[:, rows, before].get(**FILL, fill_value=none)
     if priorities is None:
         priorities = jnp.zeros(places.shape, jnp.uint32)
     told = Registered(
@@ -228,10 +229,10 @@ def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
     def registered(memory: Lineage, state: pool.PoolState, told: Registered) -> Lineage:
         memory, blocks = _after(memory, state), told.block_ids
         return Lineage(
-            memory.parents.at[blocks].set(told.parents, mode="drop"),
-            memory.parent_generations.at[blocks].set(_generations(state, told.parents), mode="drop"),
-            memory.generations.at[blocks].set(_generations(state, blocks), mode="drop"),
-            memory.depths.at[blocks].set(told.depths, mode="drop"),
+            memory.parents.at[blocks].set(told.parents, **DROP),
+            memory.parent_generations.at[blocks].set(_generations(state, told.parents), **DROP),
+            memory.generations.at[blocks].set(_generations(state, blocks), **DROP),
+            memory.depths.at[blocks].set(told.depths, **DROP),
         )
 
     def scores(memory: Lineage, state: pool.PoolState) -> jax.Array:
@@ -247,7 +248,7 @@ def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
         def double(_: int, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
             """Takes descendants twice as far away into account."""
             last, ancestors = carry
-            return last.at[ancestors].max(last, mode="drop"), ancestors.at[ancestors].get(mode="fill", fill_value=size)
+            return last.at[ancestors].max(last, **DROP), ancestors.at[ancestors].get(**FILL, fill_value=size)
 
         rounds = (min(max_depth or size, size) - 1).bit_length()
         last, _ = jax.lax.fori_loop(0, rounds, double, (last, ancestors))
@@ -259,7 +260,7 @@ def lineage(*, max_depth: int | None = None) -> EvictionPolicy:
         size = told.after.num_blocks
         known = memory.generations == told.before.generations
         linked = known & (_generations(told.before, memory.parents) == memory.parent_generations)
-        parents = told.new_ids.at[memory.parents].get(mode="fill", fill_value=size)
+        parents = told.new_ids.at[memory.parents].get(**FILL, fill_value=size)
         parents = _moved(jnp.where(linked, parents, size), told, fill=size)
         now = told.after.generations
         return Lineage(
@@ -282,7 +283,7 @@ def priority() -> EvictionPolicy:
     """
 
     def registered(memory: jax.Array, state: pool.PoolState, told: Registered) -> jax.Array:
-        return _after(memory, state).at[told.block_ids].set(told.priorities.astype(jnp.uint32), mode="drop")
+        return _after(memory, state).at[told.block_ids].set(told.priorities.astype(jnp.uint32), **DROP)
 
     return EvictionPolicy(
         init=lambda num_blocks: jnp.zeros((num_blocks,), jnp.uint32),
@@ -316,7 +317,7 @@ def tiny_lfu() -> EvictionPolicy:
     """
 
     def seen(memory: sketch.FrequencySketch, state: pool.PoolState, blocks: jax.Array) -> sketch.FrequencySketch:
-        keys = state.index.keys.at[blocks].get(mode="fill", fill_value=0)
+        keys = state.index.keys.at[blocks].get(**FILL, fill_value=0)
         return sketch.add(_after(memory, state), keys, blocks < state.num_blocks)
 
     return EvictionPolicy(
@@ -393,10 +394,10 @@ def scored(score: ScoreFunction) -> EvictionPolicy:
         memory, blocks = _after(memory, state), told.block_ids
         clock = memory.clock + jnp.any(blocks < state.num_blocks).astype(jnp.uint32)
         return Usage(
-            memory.uses.at[blocks].set(1, mode="drop"),
-            memory.last_use.at[blocks].set(clock, mode="drop"),
-            memory.depths.at[blocks].set(told.depths, mode="drop"),
-            memory.priorities.at[blocks].set(told.priorities, mode="drop"),
+            memory.uses.at[blocks].set(1, **DROP),
+            memory.last_use.at[blocks].set(clock, **DROP),
+            memory.depths.at[blocks].set(told.depths, **DROP),
+            memory.priorities.at[blocks].set(told.priorities, **DROP),
             clock,
         )
 
@@ -404,8 +405,8 @@ def scored(score: ScoreFunction) -> EvictionPolicy:
         memory = _after(memory, state)
         clock = memory.clock + jnp.any(blocks < state.num_blocks).astype(jnp.uint32)
         return Usage(
-            memory.uses.at[blocks].add(1, mode="drop"),
-            memory.last_use.at[blocks].set(clock, mode="drop"),
+            memory.uses.at[blocks].add(1, **DROP),
+            memory.last_use.at[blocks].set(clock, **DROP),
             memory.depths,
             memory.priorities,
             clock,
@@ -458,8 +459,8 @@ def _after[T](memory: T, state: pool.PoolState) -> T:
 
 def _moved(values: jax.Array, told: Resized, fill: int = 0) -> jax.Array:
     """What is known of blocks [N], under the ids that they have now, [M]; `fill` where there is no block."""
-    return values.at[told.sources].get(mode="fill", fill_value=fill)
+    return values.at[told.sources].get(**FILL, fill_value=fill)
 
 
 def _generations(state: pool.PoolState, blocks: jax.Array) -> jax.Array:
-    return state.generations.at[blocks].get(mode="fill", fill_value=0)
+    return state.generations.at[blocks].get(**FILL, fill_value=0)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kvbm_jax import grants, policies, pool, resize, sequences
 from kvbm_jax import step as step_verb
 from kvbm_jax.errors import ConfigError, KvbmError
+from kvbm_jax.padding import DROP
 from kvbm_jax.policies import EvictionPolicy
 from kvbm_jax.pool import PoolState
 from kvbm_jax.sequences import SequenceBatch
@@ -145,7 +146,7 @@ def _adopt_rows(old: sequences.SequenceBatch, new: sequences.SequenceBatch, mask
 
 def _evict_named(state: PoolState, block_ids: jax.Array) -> tuple[PoolState, pool.Evicted]:
     """Resets those of the blocks i32[F], padded with N, that are inactive."""
-    named = jnp.zeros((state.num_blocks,), jnp.bool_).at[block_ids].set(True, mode="drop")
+    named = jnp.zeros((state.num_blocks,), jnp.bool_).at[block_ids].set(True, **DROP)
     count = jnp.sum(named & pool.is_inactive(state), dtype=jnp.int32)
     return pool.evict(
         state, count, max_count=block_ids.shape[0], scores=lambda _: jnp.where(named, 0, 1).astype(jnp.uint32)

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 
 from kvbm_jax import policies, pool, quotas, sequences
+from kvbm_jax.padding import DROP, FILL
 from kvbm_jax.quotas import Quotas
 
 __all__ = ["Charged", "ask", "ask_to_start", "assign", "charge", "settle", "within"]
@@ -64,7 +65,7 @@ def within(
     def resized(memory: Charged, told: policies.Resized) -> Charged:
         size = told.after.num_blocks
         new = init(size)
-        owners = new.quotas.owners.at[told.new_ids].set(memory.quotas.owners, mode="drop")
+        owners = new.quotas.owners.at[told.new_ids].set(memory.quotas.owners, **DROP)
         charged = replace(new.quotas, tenants=memory.quotas.tenants, owners=owners)
         return Charged(
             charged, new.coming, new.memory if policy.resized is None else policy.resized(memory.memory, told)
@@ -94,10 +95,10 @@ def ask(
     Returns:
       The memory, and bool[R] which rows may have them (`quotas.admit`).
     """
-    left = running.block_tables.at[:, ending].get(mode="fill", fill_value=running.pool_blocks).reshape(-1)
-    after = replace(state, ref_counts=state.ref_counts.at[left].add(-1, mode="drop"))
+    left = running.block_tables.at[:, ending].get(**FILL, fill_value=running.pool_blocks).reshape(-1)
+    after = replace(state, ref_counts=state.ref_counts.at[left].add(-1, **DROP))
     charged = quotas.settle(memory.quotas, sequences.empty_rows(running, ending))
-    tenants = charged.tenants.at[rows].get(mode="fill", fill_value=len(charged.limits))
+    tenants = charged.tenants.at[rows].get(**FILL, fill_value=len(charged.limits))
     admitted = quotas.admit(charged, after, tenants, wanted)
     return _expecting(memory, charged, tenants, jnp.where(admitted, wanted, 0)), admitted
 
@@ -155,4 +156,4 @@ def settle(memory: Charged, running: sequences.SequenceBatch) -> Charged:
 
 def _expecting(memory: Charged, charged: Quotas, tenants: jax.Array, counts: jax.Array) -> Charged:
     """The memory as quotas are now, with `counts` i32[R] blocks coming."""
-    return replace(memory, quotas=charged, coming=jnp.zeros_like(memory.coming).at[tenants].add(counts, mode="drop"))
+    return replace(memory, quotas=charged, coming=jnp.zeros_like(memory.coming).at[tenants].add(counts, **DROP))

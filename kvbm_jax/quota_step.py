@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from kvbm_jax import pool, quotas, sequences
 from kvbm_jax.groups import has_windows
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import DROP, FILL
 from kvbm_jax.quotas import Quotas
 from kvbm_jax.step import StepPlan, StepResult
 from kvbm_jax.step import step as step_all
@@ -57,7 +58,7 @@ def step(
     fresh = jnp.where(begins, len(running.groups) * (needed - cached), 0)
     growth = quotas.fresh_blocks(left, remaining, plan.growing, plan.new_tokens, max_blocks=max_blocks)
 
-    whose = jnp.concatenate([tenants, charged.tenants.at[plan.growing].get(mode="fill", fill_value=0)])
+    whose = jnp.concatenate([tenants, charged.tenants.at[plan.growing].get(**FILL, fill_value=0)])
     more = jnp.concatenate([fresh, growth])
     idle = jnp.concatenate([quotas.newly_held(left, tenants, prefix), jnp.zeros_like(growth)])
     admitted = quotas.admit(settled, left, whose, more + idle)
@@ -65,7 +66,7 @@ def step(
 
     held = quotas.charge_prefixes(settled, left, tenants, jnp.where(new[:, None], prefix, state.num_blocks))
     state, held, new, old = fence((state, held, new, old))
-    coming = jnp.zeros_like(charged.limits).at[whose].add(jnp.where(admitted, more, 0), mode="drop")
+    coming = jnp.zeros_like(charged.limits).at[whose].add(jnp.where(admitted, more, 0), **DROP)
     masked = plan._replace(
         starting=jnp.where(new, plan.starting, batch),
         num_hashes=jnp.where(new, plan.num_hashes, 0),
@@ -94,6 +95,6 @@ def _after_release(
         passed = sequences.passed(running, plan.num_computed, max_blocks=max_blocks)
         remaining, behind = sequences.drop_passed(running, passed, max_blocks=max_blocks)
         dropped.append(behind.reshape(-1))
-    ended = remaining.block_tables.at[:, plan.ending].get(mode="fill", fill_value=running.pool_blocks)
-    counts = state.ref_counts.at[jnp.concatenate([*dropped, ended.reshape(-1)])].add(-1, mode="drop")
+    ended = remaining.block_tables.at[:, plan.ending].get(**FILL, fill_value=running.pool_blocks)
+    counts = state.ref_counts.at[jnp.concatenate([*dropped, ended.reshape(-1)])].add(-1, **DROP)
     return replace(state, ref_counts=counts), sequences.empty_rows(remaining, plan.ending)

@@ -36,6 +36,7 @@ import numpy as np
 from kvbm_jax import grants, lru, pool, selection, sequences
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.ordering import fence
+from kvbm_jax.padding import CLIP, DROP, FILL
 from kvbm_jax.types import Status
 
 __all__ = [
@@ -112,7 +113,7 @@ def assign(quotas: Quotas, rows: jax.Array, tenants: jax.Array) -> Quotas:
       rows: i32[R], distinct, padded with B.
       tenants: i32[R], Q for none.
     """
-    return replace(quotas, tenants=quotas.tenants.at[rows].set(tenants, mode="drop"))
+    return replace(quotas, tenants=quotas.tenants.at[rows].set(tenants, **DROP))
 
 
 def charge(quotas: Quotas, block_ids: jax.Array, tenants: jax.Array) -> Quotas:
@@ -123,7 +124,7 @@ def charge(quotas: Quotas, block_ids: jax.Array, tenants: jax.Array) -> Quotas:
       block_ids: i32[F], distinct, padded with N.
       tenants: i32[F], Q for nobody.
     """
-    return replace(quotas, owners=quotas.owners.at[block_ids].set(tenants, mode="drop"))
+    return replace(quotas, owners=quotas.owners.at[block_ids].set(tenants, **DROP))
 
 
 def settle(quotas: Quotas, running: sequences.SequenceBatch) -> Quotas:
@@ -154,7 +155,7 @@ def admit(quotas: Quotas, state: pool.PoolState, tenants: jax.Array, wanted: jax
     row = jnp.arange(len(tenants), dtype=jnp.int32)
     before = (tenants[:, None] == tenants[None, :]) & (row[:, None] >= row[None, :])
     total = jnp.sum(jnp.where(before, wanted[None, :], 0), axis=1)
-    return (wanted <= 0) | (total <= left.at[tenants].get(mode="fill", fill_value=_BOUNDLESS))
+    return (wanted <= 0) | (total <= left.at[tenants].get(**FILL, fill_value=_BOUNDLESS))
 
 
 def scores(quotas: Quotas, more: jax.Array, policy: pool.Scores | None = None) -> pool.Scores:
@@ -300,7 +301,7 @@ def unshare(
     rows = jnp.where(mask, jnp.arange(batch, dtype=jnp.int32), batch)
     tails, shared = sequences.tails(state, running, rows)
     needs = jnp.any(shared, axis=1)
-    sole = state.ref_counts.at[tails].get(mode="fill", fill_value=0) == 1
+    sole = state.ref_counts.at[tails].get(**FILL, fill_value=0) == 1
     wanted = jnp.where(needs, groups - jnp.sum(sole, axis=1, dtype=jnp.int32), 0)
     state, admitted = fence((state, admit(quotas, state, quotas.tenants, wanted)))
     more = _per_tenant(quotas, quotas.tenants, jnp.where(needs & admitted, groups, 0))
@@ -353,16 +354,16 @@ def newly_held(state: pool.PoolState, tenants: jax.Array, prefix: jax.Array) -> 
     Returns:
       i32[R]: a block counts for the first row that names it, and for each row of another tenant than that row's.
     """
-    idle = state.ref_counts.at[prefix].get(mode="fill", fill_value=1) == 0
-    first = _first_rows(prefix, state.num_blocks).at[prefix].get(mode="fill", fill_value=0)
+    idle = state.ref_counts.at[prefix].get(**FILL, fill_value=1) == 0
+    first = _first_rows(prefix, state.num_blocks).at[prefix].get(**FILL, fill_value=0)
     own = first == jnp.arange(len(tenants), dtype=jnp.int32)[:, None]
-    other = tenants.at[first].get(mode="clip") != tenants[:, None]
+    other = tenants.at[first].get(**CLIP) != tenants[:, None]
     return jnp.sum(idle & (own | other), axis=1, dtype=jnp.int32)
 
 
 def charge_prefixes(quotas: Quotas, state: pool.PoolState, tenants: jax.Array, prefix: jax.Array) -> Quotas:
     """Charges blocks that nobody holds to rows that are about to hold them; arguments as in `newly_held`."""
-    held = state.ref_counts.at[prefix].get(mode="fill", fill_value=1) > 0
+    held = state.ref_counts.at[prefix].get(**FILL, fill_value=1) > 0
     prefix = jnp.where(held, state.num_blocks, prefix)
     return replace(quotas, owners=_owners(quotas.owners, tenants, prefix))
 
@@ -388,9 +389,9 @@ def fresh_blocks(
       i32[R].
     """
     batch, width = running.block_tables.shape[1:]
-    lengths = running.lengths.at[rows].get(mode="fill", fill_value=0) + num_tokens
+    lengths = running.lengths.at[rows].get(**FILL, fill_value=0) + num_tokens
     needed = sequences.blocks_for(lengths, running.block_size)
-    fresh = jnp.maximum(needed - running.num_blocks.at[rows].get(mode="fill", fill_value=0), 0)
+    fresh = jnp.maximum(needed - running.num_blocks.at[rows].get(**FILL, fill_value=0), 0)
     _, shared = sequences.tails(state, running, jnp.where(num_tokens != 0, rows, batch))
     possible = (rows < batch) & (num_tokens >= 0) & (needed <= width) & (fresh <= max_blocks)
     return jnp.where(possible & ~jnp.any(shared, axis=1), len(running.groups) * fresh, 0)
@@ -402,22 +403,22 @@ _scores = scores  # verbs have an argument of this name
 def _owners(owners: jax.Array, tenants: jax.Array, tables: jax.Array) -> jax.Array:
     """Charges the blocks of rows i32[R, F] of tenants i32[R]: to the former owner if it is among them, or the first."""
     count, size = tables.shape[0], owners.shape[0]
-    paid = owners.at[tables].get(mode="fill", fill_value=0) == tenants[:, None]
-    kept = jnp.zeros((size,), bool).at[jnp.where(paid, tables, size)].set(True, mode="drop")
+    paid = owners.at[tables].get(**FILL, fill_value=0) == tenants[:, None]
+    kept = jnp.zeros((size,), bool).at[jnp.where(paid, tables, size)].set(True, **DROP)
     first = _first_rows(tables, size)
-    return jnp.where(kept | (first == count), owners, tenants.at[first].get(mode="clip"))
+    return jnp.where(kept | (first == count), owners, tenants.at[first].get(**CLIP))
 
 
 def _first_rows(blocks: jax.Array, num_blocks: int) -> jax.Array:
     """Finds the first row of i32[R, F] that names each block, i32[N]; R where none does."""
     count = blocks.shape[0]
     row = jnp.broadcast_to(jnp.arange(count, dtype=jnp.int32)[:, None], blocks.shape)
-    return jnp.full((num_blocks,), count, jnp.int32).at[blocks].min(row, mode="drop")
+    return jnp.full((num_blocks,), count, jnp.int32).at[blocks].min(row, **DROP)
 
 
 def _per_tenant(quotas: Quotas, tenants: jax.Array, counts: jax.Array) -> jax.Array:
     """Sums counts i32[R] by tenant, i32[Q]."""
-    return jnp.zeros_like(quotas.limits).at[tenants].add(counts, mode="drop")
+    return jnp.zeros_like(quotas.limits).at[tenants].add(counts, **DROP)
 
 
 def _count(quotas: Quotas, mask: jax.Array) -> jax.Array:

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from kvbm_jax.padding import DROP, FILL
+
 __all__ = ["lowest", "lowest_of_each", "ordered"]
 
 _SIGN: Final = np.uint32(0x80000000)
@@ -34,9 +36,9 @@ def lowest(words: Sequence[jax.Array], mask: jax.Array, count: jax.Array, *, max
     size = mask.shape[0]
     chosen = _least(words, mask, count, lambda some: jnp.sum(some, dtype=jnp.int32), lambda each: each)
     place = jnp.where(chosen, jnp.cumsum(chosen, dtype=jnp.int32) - 1, max_count)
-    entries = jnp.full((max_count,), size, jnp.int32).at[place].set(jnp.arange(size, dtype=jnp.int32), mode="drop")
+    entries = jnp.full((max_count,), size, jnp.int32).at[place].set(jnp.arange(size, dtype=jnp.int32), **DROP)
     # Of entries that are equal in all words one is padding, and has the greater index.
-    keys = [word.at[entries].get(mode="fill", fill_value=0xFFFFFFFF) for word in words]
+    keys = [word.at[entries].get(**FILL, fill_value=0xFFFFFFFF) for word in words]
     *_, in_order = jax.lax.sort((*keys, entries), num_keys=len(keys) + 1)
     return in_order
 
@@ -58,10 +60,10 @@ def lowest_of_each(words: Sequence[jax.Array], mask: jax.Array, parts: jax.Array
     size = counts.shape[0]
 
     def total(some: jax.Array) -> jax.Array:
-        return jnp.zeros((size,), jnp.int32).at[parts].add(some.astype(jnp.int32), mode="drop")
+        return jnp.zeros((size,), jnp.int32).at[parts].add(some.astype(jnp.int32), **DROP)
 
     def spread(each: jax.Array) -> jax.Array:
-        return each.at[parts].get(mode="fill", fill_value=0)
+        return each.at[parts].get(**FILL, fill_value=0)
 
     return _least(words, mask & (parts < size), counts, total, spread)
 
