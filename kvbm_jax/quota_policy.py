@@ -95,11 +95,10 @@ def ask(
     Returns:
       The memory, and bool[R] which rows may have them (`quotas.admit`).
     """
-    left = running.block_tables.at[:, ending].get(**FILL, fill_value=running.pool_blocks).reshape(-1)
-    after = replace(state, ref_counts=state.ref_counts.at[left].add(-1, **DROP))
-    charged = quotas.settle(memory.quotas, sequences.empty_rows(running, ending))
+    left, remaining = quotas.after_release(state, running, ending)
+    charged = quotas.settle(memory.quotas, remaining)
     tenants = charged.tenants.at[rows].get(**FILL, fill_value=len(charged.limits))
-    admitted = quotas.admit(charged, after, tenants, wanted)
+    admitted = quotas.admit(charged, left, tenants, wanted)
     return _expecting(memory, charged, tenants, jnp.where(admitted, wanted, 0)), admitted
 
 
@@ -115,6 +114,8 @@ def ask_to_start(
 ) -> tuple[Charged, jax.Array]:
     """Asks for what `sequences.start` with these arguments takes, and assigns the rows to their tenants.
 
+    What is cached of their prompts stays charged as it is until `settle`, also while blocks are evicted for the rest.
+
     Args:
       memory: the memory, settled.
       state: the pool.
@@ -128,12 +129,8 @@ def ask_to_start(
     Returns:
       The memory, and bool[R] which rows may begin.
     """
-    needed = sequences.blocks_for(num_tokens, running.block_size)
-    wide = needed <= running.block_tables.shape[2]
-    prefix, cached = sequences.find_prefixes(state, running, hashes, jnp.where(wide, num_hashes, 0))
-    fresh = jnp.where(wide, len(running.groups) * (needed - cached), 0)
-    idle = quotas.newly_held(state, tenants, prefix.reshape(len(rows), -1))
-    admitted = quotas.admit(memory.quotas, state, tenants, fresh + idle)
+    prefix, fresh = quotas.prompt_blocks(state, running, rows, hashes, num_hashes, num_tokens)
+    admitted = quotas.admit(memory.quotas, state, tenants, fresh + quotas.newly_held(state, tenants, prefix))
     charged = quotas.assign(memory.quotas, rows, tenants)
     return _expecting(memory, charged, tenants, jnp.where(admitted, fresh, 0)), admitted
 
@@ -156,4 +153,4 @@ def settle(memory: Charged, running: sequences.SequenceBatch) -> Charged:
 
 def _expecting(memory: Charged, charged: Quotas, tenants: jax.Array, counts: jax.Array) -> Charged:
     """The memory as quotas are now, with `counts` i32[R] blocks coming."""
-    return replace(memory, quotas=charged, coming=jnp.zeros_like(memory.coming).at[tenants].add(counts, **DROP))
+    return replace(memory, quotas=charged, coming=quotas.by_tenant(charged, tenants, counts))

@@ -47,15 +47,12 @@ def step(
     Returns:
       Quotas, pool, batch and result. A refused row stays as it was, as if the plan did not name it.
     """
-    batch, width = running.block_tables.shape[1:]
+    batch = running.block_tables.shape[1]
     left, remaining = _after_release(state, running, plan, max_blocks)
     settled = quotas.settle(charged, remaining)
 
-    needed = sequences.blocks_for(plan.num_tokens, running.block_size)
-    begins = (plan.starting < batch) & (needed <= width)
-    prefix, cached = sequences.find_prefixes(left, running, plan.hashes, jnp.where(begins, plan.num_hashes, 0))
-    prefix = prefix.reshape(len(tenants), -1)
-    fresh = jnp.where(begins, len(running.groups) * (needed - cached), 0)
+    prompts = plan.starting, plan.hashes, plan.num_hashes, plan.num_tokens
+    prefix, fresh = quotas.prompt_blocks(left, running, *prompts)
     growth = quotas.fresh_blocks(left, remaining, plan.growing, plan.new_tokens, max_blocks=max_blocks)
 
     whose = jnp.concatenate([tenants, charged.tenants.at[plan.growing].get(**FILL, fill_value=0)])
@@ -66,7 +63,7 @@ def step(
 
     held = quotas.charge_prefixes(settled, left, tenants, jnp.where(new[:, None], prefix, state.num_blocks))
     state, held, new, old = fence((state, held, new, old))
-    coming = jnp.zeros_like(charged.limits).at[whose].add(jnp.where(admitted, more, 0), **DROP)
+    coming = quotas.by_tenant(charged, whose, jnp.where(admitted, more, 0))
     masked = plan._replace(
         starting=jnp.where(new, plan.starting, batch),
         num_hashes=jnp.where(new, plan.num_hashes, 0),
@@ -90,11 +87,8 @@ def _after_release(
     state: pool.PoolState, running: sequences.SequenceBatch, plan: StepPlan, max_blocks: int
 ) -> tuple[pool.PoolState, sequences.SequenceBatch]:
     """Pool (its ref counts alone) and batch as the release phase of the step leaves them."""
-    remaining, dropped = running, []
     if plan.num_computed is not None and has_windows(running.groups):
         passed = sequences.passed(running, plan.num_computed, max_blocks=max_blocks)
-        remaining, behind = sequences.drop_passed(running, passed, max_blocks=max_blocks)
-        dropped.append(behind.reshape(-1))
-    ended = remaining.block_tables.at[:, plan.ending].get(**FILL, fill_value=running.pool_blocks)
-    counts = state.ref_counts.at[jnp.concatenate([*dropped, ended.reshape(-1)])].add(-1, **DROP)
-    return replace(state, ref_counts=counts), sequences.empty_rows(remaining, plan.ending)
+        running, behind = sequences.drop_passed(running, passed, max_blocks=max_blocks)
+        state = replace(state, ref_counts=state.ref_counts.at[behind].add(-1, **DROP))
+    return quotas.after_release(state, running, plan.ending)

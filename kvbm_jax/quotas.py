@@ -43,13 +43,16 @@ __all__ = [
     "Quotas",
     "Usage",
     "admit",
+    "after_release",
     "assign",
+    "by_tenant",
     "charge",
     "charge_prefixes",
     "extend",
     "fresh_blocks",
     "init",
     "newly_held",
+    "prompt_blocks",
     "reserve",
     "scores",
     "settle",
@@ -213,16 +216,11 @@ def start(
     Returns:
       Quotas, pool, batch and result. A row that is refused (QUOTA_EXCEEDED) takes nothing, as if it were not named.
     """
-    width = running.block_tables.shape[2]
-    needed = sequences.blocks_for(num_tokens, running.block_size)
-    wide = needed <= width
-    prefix, cached = sequences.find_prefixes(state, running, hashes, jnp.where(wide, num_hashes, 0))
-    prefix = prefix.reshape(len(rows), -1)
-    fresh = jnp.where(wide, len(running.groups) * (needed - cached), 0)
+    prefix, fresh = prompt_blocks(state, running, rows, hashes, num_hashes, num_tokens)
     admitted = admit(quotas, state, tenants, fresh + newly_held(state, tenants, prefix))
     charged = charge_prefixes(quotas, state, tenants, jnp.where(admitted[:, None], prefix, state.num_blocks))
     state, admitted, charged = fence((state, admitted, charged))
-    more = _per_tenant(quotas, tenants, jnp.where(admitted, fresh, 0))
+    more = by_tenant(quotas, tenants, jnp.where(admitted, fresh, 0))
     batch = len(running.lengths)
     state, running, result = sequences.start(
         state,
@@ -263,7 +261,7 @@ def extend(
     row = jnp.arange(len(num_tokens), dtype=jnp.int32)
     fresh = fresh_blocks(state, running, row, num_tokens, max_blocks=max_blocks)
     admitted = admit(quotas, state, quotas.tenants, fresh)
-    more = _per_tenant(quotas, quotas.tenants, jnp.where(admitted, fresh, 0))
+    more = by_tenant(quotas, quotas.tenants, jnp.where(admitted, fresh, 0))
     state, running, result = sequences.extend(
         state,
         running,
@@ -304,7 +302,7 @@ def unshare(
     sole = state.ref_counts.at[tails].get(**FILL, fill_value=0) == 1
     wanted = jnp.where(needs, groups - jnp.sum(sole, axis=1, dtype=jnp.int32), 0)
     state, admitted = fence((state, admit(quotas, state, quotas.tenants, wanted)))
-    more = _per_tenant(quotas, quotas.tenants, jnp.where(needs & admitted, groups, 0))
+    more = by_tenant(quotas, quotas.tenants, jnp.where(needs & admitted, groups, 0))
     state, running, result = sequences.unshare(state, running, mask & admitted, scores=_scores(quotas, more, scores))
     status = jnp.where(admitted, result.status, Status.QUOTA_EXCEEDED).astype(jnp.int32)
     return settle(quotas, running), state, running, result._replace(status=status)
@@ -334,13 +332,48 @@ def reserve(
     """
     admitted = jnp.all(admit(quotas, state, quotas.tenants, growth))
     growth = jnp.where(admitted, growth, 0)
-    more = _per_tenant(quotas, quotas.tenants, growth)
+    more = by_tenant(quotas, quotas.tenants, growth)
     state, result = grants.reserve(
         state, jnp.sum(growth, dtype=jnp.int32), max_blocks=max_blocks, scores=_scores(quotas, more, scores)
     )
     tenants = jnp.repeat(quotas.tenants, growth, total_repeat_length=max_blocks)
     status = jnp.where(admitted, result.status, Status.QUOTA_EXCEEDED).astype(jnp.int32)
     return charge(quotas, result.grant.block_ids, tenants), state, result._replace(status=status)
+
+
+def by_tenant(quotas: Quotas, tenants: jax.Array, counts: jax.Array) -> jax.Array:
+    """Sums counts i32[R] of tenants i32[R], Q for none; returns i32[Q]."""
+    return jnp.zeros_like(quotas.limits).at[tenants].add(counts, **DROP)
+
+
+def after_release(
+    state: pool.PoolState, running: sequences.SequenceBatch, rows: jax.Array
+) -> tuple[pool.PoolState, sequences.SequenceBatch]:
+    """Returns the pool (its ref counts alone) and the batch as they were without rows i32[R], padded with B."""
+    tables = running.block_tables.at[:, rows].get(**FILL, fill_value=running.pool_blocks)
+    counts = state.ref_counts.at[tables.reshape(-1)].add(-1, **DROP)
+    return replace(state, ref_counts=counts), sequences.empty_rows(running, rows)
+
+
+def prompt_blocks(
+    state: pool.PoolState,
+    running: sequences.SequenceBatch,
+    rows: jax.Array,
+    hashes: jax.Array,
+    num_hashes: jax.Array,
+    num_tokens: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """Finds the blocks that rows need to begin; arguments as in `sequences.start`.
+
+    Returns:
+      i32[R, G * M] those of their cached prefixes, padded with N, and i32[R] how many fresh ones in all groups; none of
+      either for a row that no table has room for.
+    """
+    batch, width = running.block_tables.shape[1:]
+    needed = sequences.blocks_for(num_tokens, running.block_size)
+    possible = (rows < batch) & (needed <= width)
+    prefix, cached = sequences.find_prefixes(state, running, hashes, jnp.where(possible, num_hashes, 0))
+    return prefix.reshape(len(rows), -1), jnp.where(possible, len(running.groups) * (needed - cached), 0)
 
 
 def newly_held(state: pool.PoolState, tenants: jax.Array, prefix: jax.Array) -> jax.Array:
@@ -416,11 +449,6 @@ def _first_rows(blocks: jax.Array, num_blocks: int) -> jax.Array:
     return jnp.full((num_blocks,), count, jnp.int32).at[blocks].min(row, **DROP)
 
 
-def _per_tenant(quotas: Quotas, tenants: jax.Array, counts: jax.Array) -> jax.Array:
-    """Sums counts i32[R] by tenant, i32[Q]."""
-    return jnp.zeros_like(quotas.limits).at[tenants].add(counts, **DROP)
-
-
 def _count(quotas: Quotas, mask: jax.Array) -> jax.Array:
     """Counts masked blocks bool[N] by owner, i32[Q]."""
-    return _per_tenant(quotas, quotas.owners, mask.astype(jnp.int32))
+    return by_tenant(quotas, quotas.owners, mask.astype(jnp.int32))
