@@ -129,7 +129,7 @@ class BlockPool:
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
         """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
         bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
-        refused = self._ask_to_grow(dict(enumerate(num_tokens.tolist())))
+        refused = self._ask_to_grow(enumerate(num_tokens))
         if refused:
             num_tokens = num_tokens.copy()
             num_tokens[refused] = 0
@@ -138,7 +138,8 @@ class BlockPool:
         )
         self._settle()
         status = np.array(result.status)
-        status[refused] = Status.QUOTA_EXCEEDED
+        if refused:
+            status[refused] = Status.QUOTA_EXCEEDED
         return status, EvictedBlocks.of(result.evicted)
 
     def fork(self, source: int, row: int) -> None:
@@ -283,8 +284,9 @@ class BlockPool:
           BlockStateError: if a completed block is refused.
         """
         self._make_room(int(np.sum(np.asarray(self.sequences.num_blocks)[ending])))
-        refused = self._ask_to_grow(growing, ending)
-        growing, asked = {row: n for row, n in growing.items() if row not in refused}, growing
+        refused = self._ask_to_grow(growing.items(), ending)
+        if refused:
+            growing = growing | dict.fromkeys(refused, 0)
         plan = programs.step_plan(ending, growing, complete, hashes, nobody=self.max_sequences)
         told = self._verbs.priorities(priorities, len(plan.complete_rows))
         bound = 1 << max(max_blocks - 1, 0).bit_length()
@@ -292,14 +294,16 @@ class BlockPool:
             self._memory, self._pool, self.sequences, plan, told, max_blocks=bound
         )
         self._settle()
-        grown = dict(zip(growing, np.asarray(result.grow_status).tolist(), strict=False))
+        grown = np.array(result.grow_status)[: len(growing)]
+        if refused:
+            grown[np.isin(list(growing), refused)] = Status.QUOTA_EXCEEDED
         named = len(complete)
         status = np.asarray(result.register_status)[0, :named]
         done = status != Status.INDEX_FULL
         for code in status[done]:
             self.require(code, blocks=len(complete))
         return Stepped(
-            np.array([grown.get(row, Status.QUOTA_EXCEEDED) for row in asked], np.int32),
+            grown,
             np.asarray(self.sequences.block_tables)[0, plan.complete_rows[:named], plan.complete_places[:named]],
             np.array(result.registered)[0, :named],
             done,
@@ -526,11 +530,12 @@ class BlockPool:
         self.step([], {}, [], np.zeros((0, 4), np.uint32), 0)
         self._memory = jax.device_put(memory, self._device)
 
-    def _ask_to_grow(self, growth: abc.Mapping[int, int], ending: abc.Sequence[int] = ()) -> list[int]:
+    def _ask_to_grow(self, growth: abc.Iterable[tuple[int, int]], ending: abc.Sequence[int] = ()) -> list[int]:
         """Asks for blocks for new tokens of rows; returns the rows whose tenants may not have them."""
         if self._tenancy is None:
             return []
-        self._memory, refused = self._tenancy.ask_to_grow(self._memory, self._pool, self.sequences, growth, ending)
+        grown = dict(growth)
+        self._memory, refused = self._tenancy.ask_to_grow(self._memory, self._pool, self.sequences, grown, ending)
         return refused
 
     def _require_admitted(self, wanted: abc.Mapping[int, int]) -> None:
