@@ -196,7 +196,7 @@ class DeviceTier:
     def let_go(self, keys: Sequence[BlockKey]) -> None:
         """Takes a holder from cached blocks."""
         self.pool.let_go(self._block_ids(keys))
-        self.residency.released(np.frombuffer(b"".join(key.sequence_hash for key in keys), "<u4").reshape(-1, 4))
+        self.residency.let_go(keys)
         self.update_gauges()
 
     def clear(self) -> int:

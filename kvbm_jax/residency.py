@@ -72,9 +72,13 @@ class Residency:
 
     def released(self, hashes: NDArray[np.uint32]) -> None:
         """A sequence has let go of registered blocks u32[M, 4]; its last block is the first to go."""
+        if self._engine is not None:
+            self.let_go([BlockKey(hash_bytes(words)) for words in hashes])
+
+    def let_go(self, keys: Sequence[BlockKey]) -> None:
+        """Blocks have lost a holder, the last of them first."""
         if self._engine is not None:  # their order matters to a flush alone
-            for words in hashes[::-1]:
-                key = BlockKey(hash_bytes(words))
+            for key in reversed(keys):
                 if key in self._residents:
                     self._residents.move_to_end(key)
 

@@ -53,8 +53,8 @@ class Upkeep:
         """Has the device keep cached blocks until they are unpinned."""
         known = set(self.pinned)
         wanted = list(dict.fromkeys(keys))
-        here = [key for key in wanted if self._device.residency.block_id(key) is not None]
-        new = [key for key in here if key not in known]
+        here = {key for key in wanted if self._device.residency.block_id(key) is not None}
+        new = [key for key in wanted if key in here and key not in known]
         self._device.hold(new)
         self._pinned.update(dict.fromkeys(new))
         return PinReport(len(here), tuple(key for key in wanted if key not in here))
