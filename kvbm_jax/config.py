@@ -167,7 +167,7 @@ class KvBlockManagerConfig:
                 "enable_offload = true with host_blocks = 0 and disk_budget = 0: there is no tier; set one of them, "
                 "or enable_offload = false"
             )
-        eviction.check_name(self.eviction_policy)
+        extensions.check_name(eviction.KIND, self.eviction_policy)
         extensions.check_name(extensions.HOST_ALLOCATORS, self.host_allocator)
         extensions.check_name(extensions.BLOCK_STORES, self.disk_store)
         extensions.check_name(extensions.OFFLOAD_POLICIES, self.offload_policy)

@@ -15,18 +15,9 @@ from typing import Any, Final
 from kvbm_jax import extensions, policies
 from kvbm_jax.errors import ConfigError
 
-__all__ = ["KIND", "check_name", "find"]
+__all__ = ["KIND", "find"]
 
 KIND: Final = extensions.Kind("eviction policy", "kvbm_jax.eviction_policies", policies.NAMES)
-
-
-def check_name(name: str) -> str:
-    """Returns the name of a policy as it is; loads nothing.
-
-    Raises:
-      ConfigError: if there is no such policy.
-    """
-    return name if name in policies.NAMES else extensions.check_name(KIND, name)
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvbm_jax import eviction, policies
+from kvbm_jax import eviction, extensions, policies
 from kvbm_jax.cli import plot
 from kvbm_jax.cli.arguments import at_least, listed
 from kvbm_jax.cli.report import Report, progress, table
@@ -134,7 +134,7 @@ def _grid(rows: Sequence["ComparedReplay"]) -> str:
 
 def _policy(text: str) -> str:
     try:
-        return eviction.check_name(text)
+        return extensions.check_name(eviction.KIND, text)
     except ConfigError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 
