@@ -406,7 +406,7 @@ class BlockManager:
     @property
     def num_running(self) -> int:
         """How many sequences run."""
-        return len(list(self._roster))
+        return len(self._roster)
 
     @_in_turn
     def warm_up(self) -> None:

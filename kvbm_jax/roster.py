@@ -25,6 +25,9 @@ class Roster:
         """The running sequences, those that began first before others."""
         return iter(list(self._running.values()))
 
+    def __len__(self) -> int:
+        return len(self._running)
+
     def free_row(self) -> int:
         """Returns the first row that no sequence runs in.
 
