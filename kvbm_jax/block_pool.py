@@ -20,7 +20,7 @@ from kvbm_jax import eviction, grants, pool, programs, sequences
 from kvbm_jax.errors import BlockStateError, ConfigError, OutOfBlocksError, SequenceTooLongError
 from kvbm_jax.outcomes import BlockCounts, EvictedBlocks, Registered, Started, Stepped, Unshared
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, as_policy
-from kvbm_jax.programs import pad, round_up
+from kvbm_jax.programs import pad, round_up, round_up_twofold
 from kvbm_jax.quota_policy import Charged
 from kvbm_jax.resize_plan import Resized, plan_resize
 from kvbm_jax.tenancy import Prompt, Tenancy
@@ -128,7 +128,7 @@ class BlockPool:
 
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> tuple[NDArray[np.int32], EvictedBlocks]:
         """Makes room for the next tokens of each row, i32[B], up to `max_blocks` new blocks; returns i32[B] status."""
-        bound = 1 << (max_blocks - 1).bit_length()  # few sizes, so that few programs are compiled
+        bound = round_up_twofold(max_blocks)
         refused = self._ask_to_grow(enumerate(num_tokens))
         if refused:
             num_tokens = num_tokens.copy()
@@ -180,7 +180,7 @@ class BlockPool:
         surplus = self.num_blocks(row) - -(-length // self.sequences.block_size)
         self._make_room(surplus)
         lengths[row] = length
-        bound = 1 << (max(surplus, 1) - 1).bit_length()
+        bound = round_up_twofold(surplus)
         self._pool, self.sequences, status = programs.trim(self._pool, self.sequences, lengths, max_blocks=bound)
         self._settle()
         self.require(np.asarray(status)[row], blocks=surplus)
@@ -289,7 +289,7 @@ class BlockPool:
             growing = growing | dict.fromkeys(refused, 0)
         plan = programs.step_plan(ending, growing, complete, hashes, nobody=self.max_sequences)
         told = self._verbs.priorities(priorities, len(plan.complete_rows))
-        bound = 1 << max(max_blocks - 1, 0).bit_length()
+        bound = round_up_twofold(max_blocks)
         self._memory, self._pool, self.sequences, result = self._verbs.step(
             self._memory, self._pool, self.sequences, plan, told, max_blocks=bound
         )

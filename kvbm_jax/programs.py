@@ -40,6 +40,7 @@ __all__ = [
     "rehash",
     "release",
     "round_up",
+    "round_up_twofold",
     "stats",
     "step_plan",
     "trim",
@@ -90,6 +91,11 @@ def round_up(count: int, least: int = 32) -> int:
     while size < count:
         size *= 8
     return size
+
+
+def round_up_twofold(count: int) -> int:
+    """Returns a static bound that costs at every call what it exceeds the count by: a power of two, 1 at least."""
+    return 1 << max(count - 1, 0).bit_length()
 
 
 def pad(values: abc.Sequence[int] | NDArray[np.int32], fill: int, least: int = 32) -> NDArray[np.int32]:
