@@ -33,9 +33,10 @@ from numpy.typing import NDArray
 from kvbm_jax.admission import Admission, Prepared
 from kvbm_jax.agreement import Agreement, agree_alone
 from kvbm_jax.cache import KVCache
+from kvbm_jax.calls import Calls
 from kvbm_jax.config import EventTransport, KvBlockManagerConfig
 from kvbm_jax.device_tier import DeviceTier
-from kvbm_jax.errors import BlockStateError, ConfigError
+from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import (
     EventBus,
     EventPublisher,
@@ -48,12 +49,11 @@ from kvbm_jax.events import (
 from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
-from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.loops import Loops
 from kvbm_jax.loose_blocks import LooseBlocks
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
-from kvbm_jax.offload.engine import FlushReport, Wait
+from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
@@ -66,7 +66,6 @@ from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.sizing import layout_of
 from kvbm_jax.tenants import TenantBlocks
 from kvbm_jax.tiers import open_engine
-from kvbm_jax.turns import Turns
 from kvbm_jax.upkeep import Upkeep
 
 if TYPE_CHECKING:
@@ -85,7 +84,7 @@ def _in_turn[**P, R](method: _Method[P, R]) -> _Method[P, R]:
 
     @functools.wraps(method)
     def in_turn(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        return self._turns.take(functools.partial(method, self, *args, **kwargs))
+        return self._calls.take(functools.partial(method, self, *args, **kwargs))
 
     return in_turn
 
@@ -98,8 +97,7 @@ def _whole[**P, R](method: _Method[P, R]) -> _Method[P, R]:
 
     @functools.wraps(method)
     def whole(self: "BlockManager", /, *args: P.args, **kwargs: P.kwargs) -> R:
-        act = functools.partial(method, self, *args, **kwargs)
-        return self._turns.take(lambda: self._carry_out(act))
+        return self._calls.whole(functools.partial(method, self, *args, **kwargs), self._lose)
 
     return whole
 
@@ -150,7 +148,7 @@ class BlockManager:
         agreement: Agreement = agree_alone,
     ) -> None:
         self.config = config
-        self._turns = Turns()
+        self._calls = Calls()
         layout = layout_of(config)
         limit = layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
         if limit < 1 or max_sequences < 1:
@@ -168,7 +166,6 @@ class BlockManager:
             clock=self._clock,
         )
         self._hasher = Hasher(config.block_size, config.hash_algorithm)
-        self._closed = False
         engine = None
         try:
             engine = open_engine(
@@ -277,7 +274,7 @@ class BlockManager:
           OutOfBlocksError: if it needs more blocks than are free or evictable.
           BlockStateError: if it is running, or `max_sequences` are.
         """
-        self._check_open()
+        self._calls.require_open()
         if seq.hasher != self._hasher:  # it ran before `reblock`
             seq.rehash(self._hasher)
         with self._requests.admission(seq):
@@ -386,7 +383,7 @@ class BlockManager:
         Raises:
           BlockStateError: if it is not running (a double release).
         """
-        if self._closed:
+        if self._calls.ended:
             self._roster.require(seq)
             self._roster.leave(seq)
         else:
@@ -454,7 +451,7 @@ class BlockManager:
                     self._lose()
                 raise
 
-        return self._turns.take(act)
+        return self._calls.take(act)
 
     @_whole
     def reserve(self, growth: abc.Mapping[Sequence, int], *, max_blocks: int | None = None) -> Grant:
@@ -578,7 +575,7 @@ class BlockManager:
           BlockStateError: if the manager is closed.
           What `act` raises.
         """
-        return self._turns.command(lambda: self._carry_out(lambda: act(self._upkeep)), seconds)
+        return self._calls.command(lambda: act(self._upkeep), self._lose, seconds)
 
     def publish_event(self, event: KvEvent) -> None:
         """Publishes an event of the caller's beside the manager's own; returns at once.
@@ -674,13 +671,7 @@ class BlockManager:
         Returns:
           How many blocks were written, failed, and are not there yet; zeros if there is no disk tier.
         """
-        parts = self._device.flush(deadline)
-        answer: bool | None = None
-        while True:
-            done = self._turns.take(functools.partial(self._go_on, parts, answer))
-            if isinstance(done, FlushReport):
-                return done
-            answer = done()  # others have their turn meanwhile
+        return self._calls.in_parts(self._device.flush(deadline))
 
     def close(self, deadline: float | None = 60.0, *, flush: bool = True) -> None:
         """Flushes, and ends tiers and events; idempotent.
@@ -690,14 +681,14 @@ class BlockManager:
             the middle of a call is waited for.
           flush: False to leave the disk tier as it is.
         """
-        if self._closed:
+        if self._calls.ended:
             return
         try:
             report = self.flush(deadline) if flush else FlushReport(0, 0, 0)
             if report.failed or report.pending:
                 _LOG.warning("closing: %d blocks were not brought to disk", report.failed + report.pending)
         finally:
-            self._turns.take(functools.partial(self._end, deadline))
+            self._calls.end(functools.partial(self._end, deadline))
             if self._controller is not None:
                 self._controller.close()
 
@@ -709,23 +700,12 @@ class BlockManager:
     ) -> None:
         self.close(flush=kind is None)
 
-    def _go_on(self, parts: abc.Generator[Wait, bool | None, FlushReport], answer: bool | None) -> Wait | FlushReport:
-        """Does the next part of a flush; returns what to wait for, or its report."""
-        self._check_open()
-        try:
-            return parts.send(answer)
-        except StopIteration as end:
-            report: FlushReport = end.value
-            return report
-
     def _end(self, deadline: float | None) -> None:
-        if not self._closed:
-            self._closed = True
-            try:
-                self._device.residency.close(deadline)
-            finally:
-                self._sink.close()
-                self._bus.close()
+        try:
+            self._device.residency.close(deadline)
+        finally:
+            self._sink.close()
+            self._bus.close()
 
     def _lose(self) -> None:
         """Forgets what the device holds; the tiers below keep theirs."""
@@ -737,15 +717,6 @@ class BlockManager:
     def _free_if_current(self, block: Block) -> None:
         if self._loose.is_current(block):
             self.free_blocks([block])
-
-    def _carry_out[R](self, act: abc.Callable[[], R]) -> R:
-        self._check_open()
-        with on_interrupt(self._lose):
-            return act()
-
-    def _check_open(self) -> None:
-        if self._closed:
-            raise BlockStateError("the manager is closed")
 
 
 def _open_sink(config: KvBlockManagerConfig, bus: EventBus, metrics: MetricsSink) -> EventSink[KvEventBatch]:

@@ -46,6 +46,7 @@ FLOORS = {
         "admission",
         "agreement",
         "block_pool",
+        "calls",
         "handles",
         "interrupts",
         "ledger",
