@@ -87,7 +87,10 @@ class Twin:
         self.policy.registered(self.pool, [(table[i], table[i - 1] if i else None, i, priority) for i in new])
 
 
-@pytest.mark.parametrize("name", [pytest.param(name, marks=LONG if name == "scored" else ()) for name in TWINS])
+# `lru` at a manager is compared with its rule in tests/test_tiers.py too, in the quick suite.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=LONG if name in {"lru", "scored"} else ()) for name in TWINS]
+)
 def test_hits_and_evictions_of_a_manager_are_those_of_the_oracle(name):
     rng = np.random.default_rng(3)
     twin, evicted = Twin(name), []
