@@ -28,12 +28,36 @@ from typing import Any, Final, TextIO
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.protocols import BlockKey
 
-__all__ = ["ConsoleFormatter", "JsonFormatter", "LogFormat", "RateLimit", "configure", "context", "fields", "named"]
+__all__ = [
+    "LEVELS",
+    "ConsoleFormatter",
+    "JsonFormatter",
+    "LogFormat",
+    "RateLimit",
+    "check_level",
+    "configure",
+    "context",
+    "fields",
+    "named",
+]
+
+LEVELS: Final = ("debug", "info", "warning", "error", "critical")
 
 _ATTRIBUTE: Final = "kvbm_fields"
 _MOST_NAMED = 8  # blocks that a message names
 _MOST_MESSAGES = 1024  # different ones that a limit keeps apart
 _CONTEXT: contextvars.ContextVar[dict[str, Any]] = contextvars.ContextVar("kvbm_jax_logs")
+
+
+def check_level(level: str) -> str:
+    """Returns the name of a level as it is.
+
+    Raises:
+      ConfigError: if there is no such level.
+    """
+    if level not in LEVELS:
+        raise ConfigError(f"level = {level!r}: allowed is one of {', '.join(LEVELS)}")
+    return level
 
 
 class LogFormat(enum.StrEnum):
@@ -154,7 +178,7 @@ def configure(
 
     Args:
       format: `json` or `console`.
-      level: the least that is written: debug, info, warning, error or critical.
+      level: the least that is written, one of `LEVELS`.
       stream: where; None for standard error.
       limit: of what repeats; None for 5 a second.
 
@@ -163,9 +187,7 @@ def configure(
     """
     if format not in list(LogFormat):
         raise ConfigError(f"format = {format!r}: allowed is one of {', '.join(LogFormat)}")
-    levels = ("debug", "info", "warning", "error", "critical")
-    if level not in levels:
-        raise ConfigError(f"level = {level!r}: allowed is one of {', '.join(levels)}")
+    check_level(level)
     handler = _Handler(stream)
     handler.setFormatter(JsonFormatter() if format == LogFormat.JSON else ConsoleFormatter())
     handler.addFilter(RateLimit() if limit is None else limit)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvbm_jax import logs
 from kvbm_jax.cli.arguments import at_least
 from kvbm_jax.cli.report import Report, table
 
@@ -105,7 +106,7 @@ class _Snapshot(ControlCommand):
 
 
 def _log_level(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("level", choices=("debug", "info", "warning", "error", "critical"))
+    parser.add_argument("level", choices=logs.LEVELS)
     parser.add_argument("--logger", default="kvbm_jax", help="kvbm_jax (default) or a logger below it")
 
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NamedTuple
 
 import msgspec
 
+from kvbm_jax import logs
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.manager import BlockManager
 from kvbm_jax.protocols import BlockKey, Tier
@@ -18,7 +19,6 @@ __all__ = ["COMMANDS", "Answer", "Command", "carry_out"]
 type Answer = dict[str, Any]
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
-_LEVELS = ("debug", "info", "warning", "error", "critical")
 
 
 class _Request(msgspec.Struct, forbid_unknown_fields=True, kw_only=True):
@@ -141,14 +141,13 @@ def _snapshot(manager: BlockManager, asked: _Chosen) -> Answer:
 
 
 def _log_level(manager: BlockManager, asked: _LogLevel) -> Answer:
-    if asked.level not in _LEVELS:
-        raise ConfigError(f"level = {asked.level!r}: allowed is one of {', '.join(_LEVELS)}")
+    level = logs.check_level(asked.level)
     if asked.logger.split(".")[0] != "kvbm_jax":
         raise ConfigError(f"logger = {asked.logger!r}: allowed are kvbm_jax and what is below it")
     logger = logging.getLogger(asked.logger)
     before = logging.getLevelName(logger.getEffectiveLevel()).lower()
-    logger.setLevel(asked.level.upper())
-    return {"logger": asked.logger, "level": asked.level, "before": before}
+    logger.setLevel(level.upper())
+    return {"logger": asked.logger, "level": level, "before": before}
 
 
 COMMANDS: dict[str, Command[Any]] = {
