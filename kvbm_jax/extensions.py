@@ -19,26 +19,19 @@ Names of built-in parts cannot be taken over. Nothing is imported before a manag
 import difflib
 from collections.abc import Callable, Sequence
 from importlib import metadata
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from kvbm_jax.errors import ConfigError, KvbmError
 
 __all__ = ["BLOCK_STORES", "HOST_ALLOCATORS", "OFFLOAD_POLICIES", "Kind", "check_name", "load"]
 
 
-class Kind:
-    """One kind of part.
+class Kind(NamedTuple):
+    """One kind of part."""
 
-    Args:
-      what: it is, in words.
-      group: of entry points.
-      builtin: names that this library has itself.
-    """
-
-    def __init__(self, what: str, group: str, builtin: Sequence[str]) -> None:
-        self.what = what
-        self.group = group
-        self.builtin = tuple(builtin)
+    what: str  # it is, in words
+    group: str  # of entry points
+    builtin: tuple[str, ...]  # names that this library has itself
 
 
 HOST_ALLOCATORS: Final = Kind("host allocator", "kvbm_jax.host_allocators", ("anonymous", "huge_pages"))
