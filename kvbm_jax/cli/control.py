@@ -33,8 +33,8 @@ class ControlCommand:
             "--wait", type=float, default=30.0, metavar="S", help="seconds to wait for the manager (30)"
         )
 
-    def run(self, args: argparse.Namespace) -> Report:
-        """Asks the controller."""
+    def ask(self, args: argparse.Namespace) -> dict[str, Any]:
+        """Returns what the controller answers."""
         from kvbm_jax.controller import ControlClient  # noqa: PLC0415 (it brings the manager; `--help` need not)
         from kvbm_jax.controller.address import read_token  # noqa: PLC0415
 
@@ -42,9 +42,11 @@ class ControlCommand:
         client = ControlClient(args.url, worker_id=args.worker, token=token)
         given = {name: getattr(args, name) for name in self.fields}
         asked = {name: value for name, value in given.items() if value is not None and value is not False}
-        data = client.ask(self.name.replace("-", "_"), wait=args.wait, **asked)
-        if self.name == "snapshot":
-            return Report(data, _listing(data))
+        return client.ask(self.name.replace("-", "_"), wait=args.wait, **asked)
+
+    def run(self, args: argparse.Namespace) -> Report:
+        """Asks the controller."""
+        data = self.ask(args)
         return Report(data, table(_flat("", data)))
 
 
@@ -94,15 +96,15 @@ _TIER: tuple[str, dict[str, Any]] = ("--tier", {"metavar": "TIER", "help": "thos
 
 def _snapshot(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tier", metavar="TIER", help="blocks of one tier: g1, g2, g3 (default: all)")
-    parser.set_defaults(all=False)
 
 
 class _Snapshot(ControlCommand):
-    """Asks for all tiers if none is named."""
+    """Asks for all tiers if none is named, and lists the blocks."""
 
     def run(self, args: argparse.Namespace) -> Report:
         args.all = args.tier is None
-        return super().run(args)
+        data = self.ask(args)
+        return Report(data, _listing(data))
 
 
 def _log_level(parser: argparse.ArgumentParser) -> None:
