@@ -2,6 +2,7 @@ import json
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,8 @@ import kvbm_jax
 from kvbm_jax.cli import main
 from kvbm_jax.cli.report import table
 from kvbm_jax.config import KvBlockManagerConfig
+
+PROJECT = Path(kvbm_jax.__file__).parent.parent / "pyproject.toml"
 
 
 @pytest.fixture(autouse=True)
@@ -200,6 +203,14 @@ def test_doctor(capsys):
     assert found["devices"][0]["platform"] == "cpu"
     _, out, _ = call(capsys, "doctor")
     assert "all fine" in out
+
+
+def test_doctor_knows_every_extra(capsys, monkeypatch):
+    monkeypatch.setattr("kvbm_jax.cli.doctor._version", lambda distributions: None)
+    _, out, _ = call(capsys, "doctor")
+    extras = set(tomllib.loads(PROJECT.read_text())["project"]["optional-dependencies"])
+    # The rest are wheels of jax for a device, which doctor tells by its devices, and all of these at once.
+    assert set(re.findall(r"kvbm-jax\[(\w+)\]", out)) == extras - {"cuda12", "cuda13", "all"}
 
 
 def test_doctor_names_absent_packages_with_their_extra(capsys, monkeypatch):

