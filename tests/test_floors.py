@@ -40,7 +40,7 @@ FLOORS = {
         "invariants",
     ],
     1: ["kernels", "cache", "attention", "step", "quota_step"],
-    2: ["hashing", "identity", "config", "events", "eviction", "extensions", "logs", "metrics", "tenants"],
+    2: ["closing", "hashing", "identity", "config", "events", "eviction", "extensions", "logs", "metrics", "tenants"],
     3: ["offload", "transfer"],
     4: [
         "admission",

@@ -12,9 +12,9 @@ import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from types import TracebackType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
+from kvbm_jax.closing import Closing
 from kvbm_jax.controller.address import Address, check_token, default_socket, parse_address
 from kvbm_jax.controller.commands import COMMANDS, carry_out
 from kvbm_jax.errors import BlockStateError, BusyError, ConfigError, KvbmError, TransportError
@@ -30,7 +30,7 @@ _MOST_CONNECTIONS = 32
 _POLL_SECONDS = 0.1  # how often the accepting thread looks whether it is to end
 
 
-class Controller:
+class Controller(Closing):
     """Lets an operator command a manager from other processes, until it is closed.
 
     Args:
@@ -75,14 +75,6 @@ class Controller:
             self._thread.join()
             self._server.hang_up()
         self._owned.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 @contextlib.contextmanager

@@ -17,9 +17,9 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Self
 
+from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events.schema import KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
@@ -40,7 +40,7 @@ class EventGap:
 type StreamItem = KvEventBatch | EventGap | WorkerSnapshot
 
 
-class Subscription:
+class Subscription(Closing):
     """One reader's queue; made by `EventBus.subscribe` and by the transports.
 
     Iterate it, synchronously or asynchronously, or ask it with `poll` and `drain`. Iteration ends once the
@@ -132,14 +132,6 @@ class Subscription:
                 await waiter
             finally:
                 self._forget(loop, waiter)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def offer(self, batch: KvEventBatch) -> int:
         """Appends a batch at once, and returns how many events it pushed out."""

@@ -12,9 +12,8 @@ A metric without labels is told from the beginning, as 0; series with labels onc
 
 import itertools
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Self
 
+from kvbm_jax.closing import Closing
 from kvbm_jax.errors import MissingDependencyError, TransportError
 from kvbm_jax.metrics import METRICS, Histogram, InMemoryMetrics, Metric, MetricKind
 
@@ -77,7 +76,7 @@ class PrometheusCollector(Collector):
         yield from itertools.chain.from_iterable(families.values())
 
 
-class PrometheusEndpoint:
+class PrometheusEndpoint(Closing):
     """Serves metrics over HTTP, from a thread of its own, until it is closed.
 
     Args:
@@ -107,14 +106,6 @@ class PrometheusEndpoint:
             self._server.shutdown()
             self._thread.join()
             self._server.server_close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
 
 def _family(metric: Metric, name: str) -> _Family:

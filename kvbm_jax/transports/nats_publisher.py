@@ -12,13 +12,14 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import msgspec
 import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 
+from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec
 from kvbm_jax.protocols import MetricsSink
@@ -69,7 +70,7 @@ class _Answer(msgspec.Struct):
     error: dict[str, msgspec.Raw] | None = None
 
 
-class NatsKvEventPublisher:
+class NatsKvEventPublisher(Closing):
     """An event sink that publishes over NATS, on a thread of its own.
 
     Args:
@@ -133,12 +134,6 @@ class NatsKvEventPublisher:
         self._deadline = min(self._deadline, time.monotonic() + self._config.linger)
         self._outbox.close()
         self._thread.stop()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     async def _session(self, client: Client) -> None:
         inbox = client.new_inbox()

@@ -17,8 +17,8 @@ import threading
 import time
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Self
 
+from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, MissingDependencyError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
 from kvbm_jax.protocols import MetricsSink
@@ -64,7 +64,7 @@ class ZmqKvEventPublisherConfig:
                 raise ConfigError(f"{name} = {getattr(self, name)}: allowed is a number >= {low}")
 
 
-class ZmqKvEventPublisher:
+class ZmqKvEventPublisher(Closing):
     """An event sink that publishes over ZeroMQ; encoding and sending happen on a thread of its own.
 
     Args:
@@ -128,12 +128,6 @@ class ZmqKvEventPublisher:
         for thread in self._threads:
             thread.join()
         self._context.destroy(linger=int(self._config.linger * 1000))
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
     def _bind(self, kind: int, endpoint: str, hwm: int) -> tuple["zmq.Socket[bytes]", str]:
         socket = self._context.socket(kind)
