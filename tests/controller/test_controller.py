@@ -2,6 +2,7 @@
 
 import http.client
 import json
+import logging
 import os
 import socket
 import subprocess
@@ -39,6 +40,15 @@ def manager():
 @pytest.fixture
 def client(manager):
     return ControlClient()
+
+
+@pytest.fixture
+def logger():
+    """One that commands may set the level of; left as it was."""
+    found = logging.getLogger("kvbm_jax.offload")
+    before = found.level
+    yield found
+    found.setLevel(before)
 
 
 def ask(url, method, path, body=None, **headers):
@@ -127,17 +137,10 @@ def test_an_unknown_command_is_told_which_there_are(client):
         client.ask("restart")
 
 
-def test_log_levels_are_those_of_logging(client):
-    import logging
-
-    logger = logging.getLogger("kvbm_jax.offload")
-    before = logger.level
-    try:
-        assert client.ask("log_level", level="debug", logger="kvbm_jax.offload")["level"] == "debug"
-        assert logger.level == logging.DEBUG
-        assert client.ask("log_level", level="error", logger="kvbm_jax.offload")["before"] == "debug"
-    finally:
-        logger.setLevel(before)
+def test_log_levels_are_those_of_logging(client, logger):
+    assert client.ask("log_level", level="debug", logger=logger.name)["level"] == "debug"
+    assert logger.level == logging.DEBUG
+    assert client.ask("log_level", level="error", logger=logger.name)["before"] == "debug"
 
 
 def test_commands_are_carried_out_while_the_manager_serves(manager):
@@ -383,7 +386,7 @@ def run(capsys, *arguments):
     return status, out, err
 
 
-def test_the_command_line_asks_the_running_worker(manager, capsys):
+def test_the_command_line_asks_the_running_worker(manager, capsys, logger):
     serve(manager, prompt(0, 2))
     first, second = hex_of(prompt(0, 2))
     status, out, _ = run(capsys, "status")
@@ -398,7 +401,8 @@ def test_the_command_line_asks_the_running_worker(manager, capsys):
     assert json.loads(run(capsys, "unpin", "--json", "--all")[1]) == {"blocks": 1}
     assert json.loads(run(capsys, "reset", "--json", "--all")[1]) == {"blocks": {"g1": 1, "g2": 1}}
     assert json.loads(run(capsys, "flush", "--json", "--seconds", "5")[1])["pending"] == 0
-    assert "before" in run(capsys, "log-level", "warning", "--logger", "kvbm_jax.offload")[1]
+    assert "before" in run(capsys, "log-level", "warning", "--logger", logger.name)[1]
+    assert logger.level == logging.WARNING
 
 
 def test_the_command_line_tells_what_went_wrong_in_a_line(manager, capsys, tmp_path):
