@@ -21,8 +21,8 @@ Who may ask: over a Unix socket, this user alone. Over HTTP, who has the bearer 
 and what a browser sends across sites is refused. There is no TLS: put a proxy in front for that.
 """
 
-from kvbm_jax.controller.address import read_token, runtime_folder
+from kvbm_jax.controller.address import read_token
 from kvbm_jax.controller.client import ControlClient, running_workers
 from kvbm_jax.controller.server import Controller
 
-__all__ = ["Controller", "ControlClient", "read_token", "running_workers", "runtime_folder"]
+__all__ = ["Controller", "ControlClient", "read_token", "running_workers"]

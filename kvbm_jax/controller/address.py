@@ -1,15 +1,15 @@
-"""Where a controller listens, and the folder where those of one user's managers are found."""
+"""Where a controller listens."""
 
 import ipaddress
 import os
-import stat
 import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
 from kvbm_jax.errors import ConfigError
+from kvbm_jax.runtime_folder import runtime_folder
 
-__all__ = ["SUFFIX", "Address", "check_token", "default_socket", "parse_address", "read_token", "runtime_folder"]
+__all__ = ["SUFFIX", "Address", "check_token", "default_socket", "parse_address", "read_token"]
 
 SUFFIX = ".sock"
 _LONGEST_PATH = 107  # bytes of a Unix socket's path on Linux
@@ -58,27 +58,6 @@ def parse_address(url: str) -> Address:
     if parts.scheme == "http" and parts.hostname and port is not None and plain:
         return Address(None, parts.hostname, port)
     raise ConfigError(f"{url!r} is no address of a controller; allowed are unix:///path and http://host:port")
-
-
-def runtime_folder() -> Path:
-    """Returns this user's folder for sockets, which no other user can write to; makes it if it is not there.
-
-    Raises:
-      ConfigError: if what stands there is not this user's own.
-    """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    folder = Path(base) / "kvbm_jax" if base else Path("/tmp") / f"kvbm_jax-{os.getuid()}"  # noqa: S108 (checked below)
-    try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise ConfigError(f"{folder}: {error.strerror}; set XDG_RUNTIME_DIR to a folder of your own") from error
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or found.st_mode & 0o077:
-        raise ConfigError(
-            f"{folder} must be a folder of user {os.getuid()} with mode 700; it is {stat.filemode(found.st_mode)} of "
-            f"user {found.st_uid}: remove it, or set XDG_RUNTIME_DIR"
-        )
-    return folder
 
 
 def default_socket(worker_id: str) -> Path:

@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from kvbm_jax import errors
-from kvbm_jax.controller.address import SUFFIX, Address, default_socket, parse_address, runtime_folder
+from kvbm_jax.controller.address import SUFFIX, Address, default_socket, parse_address
 from kvbm_jax.errors import KvbmError, TransportError
+from kvbm_jax.runtime_folder import runtime_folder
 
 __all__ = ["ControlClient", "running_workers"]
 

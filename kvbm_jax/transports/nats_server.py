@@ -23,8 +23,8 @@ from typing import Self
 
 import msgspec
 
-from kvbm_jax.controller import runtime_folder
 from kvbm_jax.errors import MissingDependencyError, TransportError
+from kvbm_jax.runtime_folder import runtime_folder
 from kvbm_jax.transports.nats_connection import NatsConnection
 
 __all__ = ["NatsServer", "SharedNatsServer", "server_binary"]

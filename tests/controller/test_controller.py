@@ -12,9 +12,10 @@ import threading
 import pytest
 
 from kvbm_jax.cli import main
-from kvbm_jax.controller import ControlClient, Controller, running_workers, runtime_folder
+from kvbm_jax.controller import ControlClient, Controller, running_workers
 from kvbm_jax.errors import BlockStateError, BusyError, ConfigError, TransportError
 from kvbm_jax.hashing import hash_sequence
+from kvbm_jax.runtime_folder import runtime_folder
 from tests.tiered import HOST, SIZE, check, disk, make, prefill, prompt, serve, settle
 
 TOKEN = "a token of the tests, long enough".replace(" ", "-")

@@ -10,10 +10,10 @@ from event_batches import View
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax.cli import main
-from kvbm_jax.controller import runtime_folder
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventBus, open_outlet
 from kvbm_jax.metrics import NullMetrics
+from kvbm_jax.runtime_folder import runtime_folder
 from kvbm_jax.transports.factories import zmq_sink
 from kvbm_jax.transports.nats_server import SharedNatsServer
 from kvbm_jax.transports.nats_subscriber import NatsKvEventSubscriberConfig, subscribe_nats
