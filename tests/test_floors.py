@@ -48,6 +48,7 @@ FLOORS = {
         "events",
         "eviction",
         "extensions",
+        "extras",
         "logs",
         "metrics",
         "runtime_folder",

@@ -153,7 +153,7 @@ def test_a_comparison_is_of_single_replays(tmp_path):
             assert getattr(row.result, part) == getattr(single, part)
     assert told[-1] == (360, 360)
     assert told == sorted(told)
-    with pytest.raises(ConfigError, match="no eviction policy 'fifo'; choose from lru, lineage"):
+    with pytest.raises(ConfigError, match="'fifo' is no eviction policy; choose from lru, lineage"):
         compare(files, [9], ["lru", "fifo"])
 
 

@@ -9,10 +9,13 @@ import sys
 from typing import Any
 
 import msgspec
-import zmq
 
 from kvbm_jax.events import KvEventBatch
+from kvbm_jax.extras import needs
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
+
+with needs("zmq", "the bench of events"):
+    import zmq
 
 __all__ = ["Cleared", "Stored", "StoredBatch"]
 

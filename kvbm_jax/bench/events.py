@@ -24,20 +24,23 @@ from pathlib import Path
 from typing import NamedTuple
 
 import msgspec
-import nats
 import numpy as np
-import zmq
 from numpy.typing import NDArray
 
 from kvbm_jax.bench.event_reader import Cleared, Stored, StoredBatch
 from kvbm_jax.bench.timing import Row, Timing, Trial
 from kvbm_jax.errors import BenchError
 from kvbm_jax.events import EngineCodec, EventType, KvEvent, KvEventBatch, MsgpackCodec
+from kvbm_jax.extras import needs
 from kvbm_jax.transports.nats_connection import NatsConnection
 from kvbm_jax.transports.nats_publisher import NatsKvEventPublisher, NatsKvEventPublisherConfig
 from kvbm_jax.transports.nats_server import NatsServer
 from kvbm_jax.transports.outbox import Overflow
 from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisher, ZmqKvEventPublisherConfig
+
+with needs("nats,zmq", "the bench of events"):
+    import nats
+    import zmq
 
 __all__ = ["measure"]
 

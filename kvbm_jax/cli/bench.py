@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Concatenate
 
 from kvbm_jax.cli.arguments import at_least, folder
 from kvbm_jax.cli.report import Report, progress
-from kvbm_jax.errors import MissingDependencyError
 
 if TYPE_CHECKING:
     from kvbm_jax.bench.timing import Row, Timing
@@ -95,10 +94,7 @@ def _hash(args: argparse.Namespace) -> Report:
 
 
 def _events(args: argparse.Namespace) -> Report:
-    try:
-        from kvbm_jax.bench.events import measure  # noqa: PLC0415 (the packages of the transports)
-    except ImportError as error:
-        raise MissingDependencyError(f"{error}; the bench needs kvbm-jax[nats,zmq]") from error
+    from kvbm_jax.bench.events import measure  # noqa: PLC0415 (the packages of the transports)
 
     rows = _timed(args.repeats, measure, args.blocks)
     return _report("events", f"to {args.blocks:,} blocks a trial, medians of {args.repeats:,}", rows)

@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvbm_jax.errors import ConfigError, MissingDependencyError
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.extras import needs
 
 if TYPE_CHECKING:
     from kvbm_jax.replay import ComparedReplay
@@ -19,12 +20,8 @@ def require(path: Path) -> None:
       MissingDependencyError: if matplotlib is not installed.
       ConfigError: if the folder is not there, or the ending names no kind of picture that matplotlib draws.
     """
-    try:
+    with needs("plot", "--plot"):
         from matplotlib.backend_bases import FigureCanvasBase  # noqa: PLC0415
-    except ImportError as error:
-        raise MissingDependencyError(
-            "--plot draws with matplotlib, which is not installed; install kvbm-jax[plot]"
-        ) from error
     if not path.parent.is_dir():
         raise ConfigError(f"cannot draw {path}: there is no folder {path.parent}")
     kinds = sorted(FigureCanvasBase.get_supported_filetypes())

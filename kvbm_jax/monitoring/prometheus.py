@@ -14,17 +14,14 @@ import itertools
 from collections.abc import Iterator
 
 from kvbm_jax.closing import Closing
-from kvbm_jax.errors import MissingDependencyError, TransportError
+from kvbm_jax.errors import TransportError
+from kvbm_jax.extras import needs
 from kvbm_jax.metrics import METRICS, Histogram, InMemoryMetrics, Metric, MetricKind
 
-try:
+with needs("prometheus", "the Prometheus exporter"):
     import prometheus_client
     from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
     from prometheus_client.registry import Collector
-except ImportError as error:
-    raise MissingDependencyError(
-        "the Prometheus exporter needs prometheus-client, which is not installed; install kvbm-jax[prometheus]"
-    ) from error
 
 __all__ = ["PrometheusCollector", "PrometheusEndpoint"]
 

@@ -13,15 +13,11 @@ the exception.
 
 from typing import NamedTuple
 
-from kvbm_jax.errors import MissingDependencyError
+from kvbm_jax.extras import needs
 from kvbm_jax.handles import Sequence
 
-try:
+with needs("opentelemetry", "spans of requests"):
     from opentelemetry import trace
-except ImportError as error:
-    raise MissingDependencyError(
-        "spans of requests need opentelemetry-api, which is not installed; install kvbm-jax[opentelemetry]"
-    ) from error
 
 __all__ = ["RequestTracer"]
 

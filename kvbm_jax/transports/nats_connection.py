@@ -16,13 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
-from kvbm_jax.errors import ConfigError, MissingDependencyError, TransportError
+from kvbm_jax.errors import ConfigError, TransportError
+from kvbm_jax.extras import needs
 
-try:
+with needs("nats", "events over NATS"):
     import nats.errors
     from nats.aio.client import Client
-except ImportError as error:
-    raise MissingDependencyError("events over NATS need nats-py: pip install kvbm-jax[nats]") from error
 
 __all__ = ["NatsConnection", "NatsThread"]
 

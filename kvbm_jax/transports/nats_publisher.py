@@ -15,19 +15,22 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
-import nats.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
 
 from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec
+from kvbm_jax.extras import needs
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MESSAGE_ID, NatsStream, Subjects, open_stream, status_of
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
 from kvbm_jax.transports.snapshots import to_batches
+
+with needs("nats", "events over NATS"):
+    import nats.errors
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
 
 __all__ = ["NatsKvEventPublisher", "NatsKvEventPublisherConfig"]
 

@@ -17,19 +17,21 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-import nats.errors
-import nats.js.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription as NatsSubscription
-from nats.js import JetStreamContext
-from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
-
 from kvbm_jax.errors import ConfigError, EventDecodeError
 from kvbm_jax.events import EventCodec, EventGap, KvEventBatch, MsgpackCodec, StreamItem, Subscription, WorkerSnapshot
+from kvbm_jax.extras import needs
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MessageId, NatsStream, Subjects, open_stream, status_of
 from kvbm_jax.transports.snapshots import from_batches
+
+with needs("nats", "events over NATS"):
+    import nats.errors
+    import nats.js.errors
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.aio.subscription import Subscription as NatsSubscription
+    from nats.js import JetStreamContext
+    from nats.js.api import AckPolicy, ConsumerConfig, DeliverPolicy
 
 __all__ = ["NatsKvEventSubscriberConfig", "subscribe_nats"]
 

@@ -14,14 +14,16 @@ import urllib.parse
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import nats.errors
-import nats.js.errors
-from nats.aio.client import Client
-from nats.aio.msg import Msg
-from nats.js import JetStreamContext
-from nats.js.api import RetentionPolicy, StorageType, StreamConfig
-
 from kvbm_jax.errors import ConfigError, TransportError
+from kvbm_jax.extras import needs
+
+with needs("nats", "events over NATS"):
+    import nats.errors
+    import nats.js.errors
+    from nats.aio.client import Client
+    from nats.aio.msg import Msg
+    from nats.js import JetStreamContext
+    from nats.js.api import RetentionPolicy, StorageType, StreamConfig
 
 __all__ = ["MESSAGE_ID", "MessageId", "NatsStream", "Subjects", "open_stream", "status_of"]
 

@@ -11,10 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import EventDecodeError, MissingDependencyError
+from kvbm_jax.errors import EventDecodeError
 from kvbm_jax.events.codec import batch_of, check_version, fields_of, total
 from kvbm_jax.events.columns import from_bytes, from_numbers, to_bytes, to_numbers
 from kvbm_jax.events.schema import KvEventBatch
+from kvbm_jax.extras import needs
 
 __all__ = ["ProtobufCodec", "proto_source"]
 
@@ -80,10 +81,8 @@ class ProtobufCodec:
 
 @functools.cache
 def _message_class() -> Any:
-    try:
+    with needs("protobuf", "the protobuf codec"):
         from google.protobuf import descriptor_pb2, descriptor_pool, message_factory  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise MissingDependencyError("the protobuf codec needs protobuf: pip install kvbm-jax[protobuf]") from error
     data = (importlib.resources.files(__package__) / "kv_events.binpb").read_bytes()
     pool = descriptor_pool.DescriptorPool()
     for file in descriptor_pb2.FileDescriptorSet.FromString(data).file:

@@ -19,17 +19,16 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from kvbm_jax.closing import Closing
-from kvbm_jax.errors import ConfigError, MissingDependencyError, TransportError
+from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
+from kvbm_jax.extras import needs
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
 from kvbm_jax.transports.snapshots import to_batches
 
-try:
+with needs("zmq", "events over ZeroMQ"):
     import zmq
-except ImportError as error:
-    raise MissingDependencyError("events over ZeroMQ need pyzmq: pip install kvbm-jax[zmq]") from error
 
 __all__ = ["END", "SEQUENCE", "SNAPSHOT", "ZmqKvEventPublisher", "ZmqKvEventPublisherConfig"]
 

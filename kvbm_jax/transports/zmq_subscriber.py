@@ -12,16 +12,15 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kvbm_jax.errors import ConfigError, EventDecodeError, MissingDependencyError, TransportError
+from kvbm_jax.errors import ConfigError, EventDecodeError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, EventGap, StreamItem, Subscription, WorkerSnapshot
+from kvbm_jax.extras import needs
 from kvbm_jax.transports.snapshots import from_batches
 from kvbm_jax.transports.zmq_publisher import END, SEQUENCE, SNAPSHOT
 
-try:
+with needs("zmq", "events over ZeroMQ"):
     import zmq
     from zmq.utils.monitor import recv_monitor_message
-except ImportError as error:
-    raise MissingDependencyError("events over ZeroMQ need pyzmq: pip install kvbm-jax[zmq]") from error
 
 __all__ = ["ZmqKvEventSubscriberConfig", "subscribe_zmq"]
 

@@ -26,7 +26,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import ConfigError, MissingDependencyError, UnreadableSegmentError
+from kvbm_jax.errors import ConfigError, UnreadableSegmentError
+from kvbm_jax.extras import needs
 from kvbm_jax.offload.segments.record import RECORD_NAME, SegmentRecord, block_name, decode, encode
 
 __all__ = ["Found", "SegmentFolder", "Wanted", "estimate_bytes", "read_record", "read_rows", "scan"]
@@ -312,23 +313,15 @@ def _context() -> Any:
 
 
 def _tensorstore() -> Any:
-    try:
+    with needs("disk", "the disk tier"):
         import tensorstore  # noqa: PLC0415 (an extra)
-    except ImportError as error:
-        raise _missing("tensorstore") from error
     return tensorstore
 
 
 def _orbax() -> Any:
-    try:
+    with needs("disk", "the disk tier"):
         import orbax.checkpoint as ocp  # type: ignore[import-untyped]  # noqa: PLC0415 (an extra, and slow to import)
-    except ImportError as error:
-        raise _missing("orbax-checkpoint") from error
     return ocp
-
-
-def _missing(package: str) -> MissingDependencyError:
-    return MissingDependencyError(f"the disk tier needs {package}: pip install 'kvbm-jax[disk]'")
 
 
 def _one_line(error: Exception) -> str:
