@@ -26,6 +26,7 @@ __all__ = [
     "init",
     "layer_view",
     "load_kv",
+    "permute_blocks",
     "regroup_tokens",
     "resize_blocks",
     "scatter_blocks",
@@ -103,9 +104,8 @@ def store_kv(
     if keys.shape != values.shape:
         raise LayoutError(f"keys are {list(keys.shape)}, values {list(values.shape)}; both are [S, H, D]")
     array, first = layer_view(cache, layer)
-    data = jnp.stack([keys, values], axis=1)
     offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
-    stored = kernels.store_kv(array, data, offset_slots, implementation=implementation)
+    stored = kernels.store_kv(array, (keys, values), offset_slots, implementation=implementation)
     return _with_layer(cache, layer, stored)
 
 
@@ -128,24 +128,33 @@ def load_kv(
         raise LayoutError(f"the cache's layout has components = {cache.layout.components}; keys and values are 2")
     array, first = layer_view(cache, layer)
     offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
-    data = kernels.load_kv(array, offset_slots, implementation=implementation)
-    return data[:, 0], data[:, 1]
+    keys, values = kernels.load_kv(array, offset_slots, implementation=implementation)
+    return keys, values
 
 
 def gather_blocks(
     cache: KVCache,
     block_ids: jax.Array,
     *,
+    kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
+    out: jax.Array | None = None,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> jax.Array:
-    """Collects blocks i32[M] over all layers as `fully_contiguous` [M, L, C, T, H, D]; zeros at N."""
-    if cache.layout.kind is LayoutKind.LAYER_STACKED:
-        array, _ = layer_view(cache, 0)
-        ids = _in_all_layers(cache.layout, block_ids)
-        blocks = kernels.gather_blocks(array, ids, implementation=implementation)
-        return blocks.reshape(*block_ids.shape, cache.layout.num_layers, *array.shape[1:])
-    parts = [kernels.gather_blocks(a, block_ids, implementation=implementation) for a in cache.arrays]
-    return jnp.stack(parts, axis=1)
+    """Collects blocks i32[M] over all layers; zeros at N.
+
+    Args:
+      cache: the cache.
+      block_ids: i32[M].
+      kind: of the result: `fully_contiguous`, [M, L, C, T, H, D], or `universal`, [M, H, L, C, T, D].
+      out: an array to write to; donate it to have that in place. None for a new one.
+      implementation: see `kvbm_jax.kernels`.
+
+    Raises:
+      LayoutError: at trace time, if `out` does not fit.
+    """
+    return kernels.gather_blocks(
+        cache.arrays, cache.layout, block_ids, kind=kind, out=out, implementation=implementation
+    )
 
 
 def scatter_blocks(
@@ -153,29 +162,18 @@ def scatter_blocks(
     block_ids: jax.Array,
     blocks: jax.Array,
     *,
+    kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> KVCache:
-    """Writes `fully_contiguous` blocks [M, L, C, T, H, D] to block_ids i32[M], distinct; N drops a block.
+    """Writes blocks, as `gather_blocks` collects them, to block_ids i32[M], distinct; N drops a block.
 
     Raises:
       LayoutError: at trace time, if the shapes do not fit.
     """
-    layout = cache.layout
-    if blocks.shape[:2] != (block_ids.shape[0], layout.num_layers):
-        raise LayoutError(
-            f"blocks [M, L, ...] are {list(blocks.shape)}; {block_ids.shape[0]} ids and the cache ask for "
-            f"[{block_ids.shape[0]}, {layout.num_layers}, ...]"
-        )
-    if layout.kind is LayoutKind.LAYER_STACKED:
-        array, _ = layer_view(cache, 0)
-        flat = blocks.reshape(-1, *blocks.shape[2:])
-        ids = _in_all_layers(layout, block_ids)
-        return _with_layer(cache, 0, kernels.scatter_blocks(array, ids, flat, implementation=implementation))
-    arrays = (
-        kernels.scatter_blocks(array, block_ids, blocks[:, layer], implementation=implementation)
-        for layer, array in enumerate(cache.arrays)
+    arrays = kernels.scatter_blocks(
+        cache.arrays, cache.layout, block_ids, blocks, kind=kind, implementation=implementation
     )
-    return replace(cache, arrays=tuple(arrays))
+    return replace(cache, arrays=arrays)
 
 
 def copy_blocks(
@@ -183,24 +181,32 @@ def copy_blocks(
     sources: jax.Array,
     targets: jax.Array,
     *,
+    disjoint: bool = False,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> KVCache:
     """Copies blocks sources i32[M] to targets i32[M], distinct, in all layers; a target N drops the copy.
 
-    All reads come before all writes.
+    All reads come before all writes. `disjoint` promises that no block is a source and a target, as in copy-on-write.
 
     Raises:
       LayoutError: at trace time, if there are not as many sources as targets.
     """
-    if sources.shape != targets.shape:
-        raise LayoutError(f"{sources.shape[0]} sources for {targets.shape[0]} targets; give one target for each")
-    if cache.layout.kind is LayoutKind.LAYER_STACKED:
-        array, _ = layer_view(cache, 0)
-        sources, targets = (_in_all_layers(cache.layout, ids) for ids in (sources, targets))
-        copied = kernels.copy_blocks(array, sources, targets, implementation=implementation)
-        return _with_layer(cache, 0, copied)
-    arrays = (kernels.copy_blocks(array, sources, targets, implementation=implementation) for array in cache.arrays)
-    return replace(cache, arrays=tuple(arrays))
+    arrays = kernels.copy_blocks(
+        cache.arrays, cache.layout, sources, targets, disjoint=disjoint, implementation=implementation
+    )
+    return replace(cache, arrays=arrays)
+
+
+def permute_blocks(
+    cache: KVCache, kind: LayoutKind, *, implementation: kernels.dispatch.Implementation | None = None
+) -> KVCache:
+    """Rearranges the cache as another kind of layout.
+
+    Raises:
+      LayoutError: if the new layout is out of range.
+    """
+    arrays = kernels.permute_blocks(cache.arrays, cache.layout, kind, implementation=implementation)
+    return KVCache(arrays, cache.layout.with_kind(kind))
 
 
 def scrub_blocks(cache: KVCache, block_ids: jax.Array) -> KVCache:

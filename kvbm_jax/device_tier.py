@@ -304,8 +304,8 @@ def _scrub_blocks(cache: KVCache, block_ids: jax.Array) -> tuple[KVCache, None]:
 
 @functools.partial(jax.jit, donate_argnums=0)
 def _copy_blocks(cache: KVCache, sources: jax.Array, targets: jax.Array) -> tuple[KVCache, None]:
-    """Copies blocks i32[B], padded with N; donates the cache."""
-    return copy_blocks(cache, sources, targets), None
+    """Copies blocks i32[B], padded with N, to fresh ones; donates the cache."""
+    return copy_blocks(cache, sources, targets, disjoint=True), None
 
 
 _resize_blocks = jax.jit(resize_blocks)

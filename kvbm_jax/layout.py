@@ -20,7 +20,7 @@ Axes: L layers, N blocks, C components (K and V: 2; an MLA latent: 1), T tokens 
 
 import enum
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import jax.numpy as jnp
 import numpy as np
@@ -96,6 +96,24 @@ class KVLayout:
             raise LayoutError(
                 f"{names} is {slots}; slots are int32, so it must stay below {2**31}: use fewer or smaller blocks"
             )
+
+    def with_kind(self, kind: LayoutKind) -> "KVLayout":
+        """Returns the same cache in another arrangement.
+
+        Raises:
+          LayoutError: if that is out of range.
+        """
+        return replace(self, kind=kind)
+
+    def staging(self, num_blocks: int, kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS) -> "KVLayout":
+        """Returns the layout of an array that holds so many blocks of this cache, each in one run.
+
+        Raises:
+          LayoutError: if blocks of that kind are no runs.
+        """
+        if kind not in (LayoutKind.FULLY_CONTIGUOUS, LayoutKind.UNIVERSAL):
+            raise LayoutError(f"a block of a {kind} cache is no run of bytes; use fully_contiguous or universal")
+        return replace(self, num_blocks=num_blocks, kind=kind)
 
     @property
     def itemsize(self) -> int:

@@ -1,7 +1,6 @@
 """Paged attention, every implementation, against dense attention in float64; and the step around it."""
 
 import functools
-import importlib
 from dataclasses import dataclass, replace
 
 import jax
@@ -17,7 +16,7 @@ from kvbm_jax.layout import KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
 
-IMPLEMENTATIONS = list(importlib.import_module("kvbm_jax.kernels.paged_attention")._IMPLEMENTATIONS)
+IMPLEMENTATIONS = kernels.OPERATIONS["paged_attention"].implementations
 D = 16
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-2}
 

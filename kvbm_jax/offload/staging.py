@@ -149,11 +149,10 @@ def _block_shape(layout: KVLayout) -> tuple[int, ...]:
     return (layout.num_layers, layout.components, layout.block_size, layout.num_kv_heads, layout.head_dim)
 
 
-@functools.partial(jax.jit, donate_argnums=0, keep_unused=True)
+@functools.partial(jax.jit, donate_argnums=0)
 def _gather(target: jax.Array, cache: kv_cache.KVCache, block_ids: jax.Array) -> jax.Array:
-    """Gathers blocks i32[R] into the memory of a donated staging array [R, L, C, T, H, D]."""
-    del target  # its memory is what the result is written to
-    return kv_cache.gather_blocks(cache, block_ids)
+    """Gathers blocks i32[R] into a donated staging array [R, L, C, T, H, D]."""
+    return kv_cache.gather_blocks(cache, block_ids, out=target)
 
 
 _scatter = jax.jit(kv_cache.scatter_blocks, donate_argnums=0)

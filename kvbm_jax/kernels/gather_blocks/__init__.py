@@ -1,29 +1,49 @@
-"""Collecting whole blocks into a contiguous array."""
+"""Collecting whole blocks of a cache into one array, of the arrangement that tiers and transfers use."""
+
+from collections.abc import Sequence
 
 import jax
 
-from kvbm_jax.kernels import dispatch
+from kvbm_jax.errors import LayoutError
+from kvbm_jax.kernels.dispatch import Implementation, Operation
 from kvbm_jax.kernels.gather_blocks import xla
+from kvbm_jax.layout import KVLayout, LayoutKind
 
-__all__ = ["gather_blocks"]
+__all__ = ["OPERATION", "gather_blocks"]
 
-_IMPLEMENTATIONS = {"xla": xla.gather_blocks}
+OPERATION = Operation(xla.gather_blocks, ("mosaic_gpu",))
 
 
 def gather_blocks(
-    array: jax.Array, block_ids: jax.Array, *, implementation: dispatch.Implementation | None = None
+    arrays: Sequence[jax.Array],
+    layout: KVLayout,
+    block_ids: jax.Array,
+    *,
+    kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
+    out: jax.Array | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
-    """Reads blocks.
+    """Reads blocks of all layers.
 
     Args:
-      array: [N, ...].
+      arrays: of the cache.
+      layout: of the cache, of any kind.
       block_ids: i32[M]; N and beyond reads zeros.
+      kind: of the result, one with all of a block in one run: `fully_contiguous` or `universal`.
+      out: an array to write to, in place where the caller donates it; None for a new one.
       implementation: which kernel.
 
     Returns:
-      [M, ...].
+      [M, L, C, T, H, D], or [M, H, L, C, T, D] if universal.
 
     Raises:
-      NotImplementedError: if there is no such implementation.
+      LayoutError: at trace time, if a block of that kind is no run, or `out` does not fit.
+      NotImplementedError: if there is no such implementation, or it cannot serve this call.
     """
-    return dispatch.select("gather_blocks", _IMPLEMENTATIONS, implementation)(array, block_ids)
+    expected = layout.staging(block_ids.shape[0], kind)
+    if out is not None and (out.shape, out.dtype.name) != (expected.array_shape, expected.dtype):
+        raise LayoutError(
+            f"out is {list(out.shape)} {out.dtype}; {block_ids.shape[0]} blocks ask for "
+            f"{list(expected.array_shape)} {expected.dtype}"
+        )
+    return OPERATION(implementation, tuple(arrays), layout, block_ids, expected, out)

@@ -2,16 +2,18 @@
 
 import jax
 
-from kvbm_jax.kernels import dispatch
+from kvbm_jax.kernels.dispatch import Implementation, Operation
 from kvbm_jax.kernels.load_kv import xla
 
-__all__ = ["load_kv"]
+__all__ = ["OPERATION", "load_kv"]
 
-_IMPLEMENTATIONS = {"xla": xla.load_kv}
+OPERATION = Operation(xla.load_kv, ("mosaic_gpu",))
 
 
-def load_kv(array: jax.Array, slots: jax.Array, *, implementation: dispatch.Implementation | None = None) -> jax.Array:
-    """Reads one row per slot.
+def load_kv(
+    array: jax.Array, slots: jax.Array, *, implementation: Implementation | None = None
+) -> tuple[jax.Array, ...]:
+    """Reads one row per slot and component.
 
     Args:
       array: [N, C, T, H, D].
@@ -19,9 +21,9 @@ def load_kv(array: jax.Array, slots: jax.Array, *, implementation: dispatch.Impl
       implementation: which kernel.
 
     Returns:
-      [S, C, H, D].
+      C arrays [S, H, D].
 
     Raises:
-      NotImplementedError: if there is no such implementation.
+      NotImplementedError: if there is no such implementation, or it cannot serve this call.
     """
-    return dispatch.select("load_kv", _IMPLEMENTATIONS, implementation)(array, slots)
+    return OPERATION(implementation, array, slots)

@@ -3,12 +3,12 @@
 import jax
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.kernels import dispatch
+from kvbm_jax.kernels.dispatch import Implementation, Operation
 from kvbm_jax.kernels.paged_attention import xla
 
-__all__ = ["paged_attention"]
+__all__ = ["OPERATION", "paged_attention"]
 
-_IMPLEMENTATIONS = {"xla": xla.paged_attention}
+OPERATION = Operation(xla.paged_attention)
 
 
 def paged_attention(
@@ -22,7 +22,7 @@ def paged_attention(
     scale: float | None = None,
     sliding_window: int | None = None,
     soft_cap: float | None = None,
-    implementation: dispatch.Implementation | None = None,
+    implementation: Implementation | None = None,
 ) -> jax.Array:
     """Causal grouped-query attention, ragged: decode and chunked prefill in one function.
 
@@ -66,7 +66,8 @@ def paged_attention(
         )
     if not 1 <= max_query_len <= max(tokens, 1):
         raise LayoutError(f"max_query_len is {max_query_len}; it must lie in [1, {tokens}], the number of queries")
-    return dispatch.select("paged_attention", _IMPLEMENTATIONS, implementation)(
+    return OPERATION(
+        implementation,
         queries,
         array,
         block_tables,

@@ -1,39 +1,49 @@
-"""Putting whole blocks from a contiguous array into their places."""
+"""Putting whole blocks, arranged as tiers and transfers have them, into their places in a cache."""
+
+from collections.abc import Sequence
 
 import jax
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.kernels import dispatch
+from kvbm_jax.kernels.dispatch import Implementation, Operation
 from kvbm_jax.kernels.scatter_blocks import xla
+from kvbm_jax.layout import KVLayout, LayoutKind
 
-__all__ = ["scatter_blocks"]
+__all__ = ["OPERATION", "scatter_blocks"]
 
-_IMPLEMENTATIONS = {"xla": xla.scatter_blocks}
+OPERATION = Operation(xla.scatter_blocks, ("mosaic_gpu",))
 
 
 def scatter_blocks(
-    array: jax.Array,
+    arrays: Sequence[jax.Array],
+    layout: KVLayout,
     block_ids: jax.Array,
     blocks: jax.Array,
     *,
-    implementation: dispatch.Implementation | None = None,
-) -> jax.Array:
-    """Writes blocks; in place where the caller donates `array`.
+    kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
+    implementation: Implementation | None = None,
+) -> tuple[jax.Array, ...]:
+    """Writes blocks of all layers; in place where the caller donates `arrays`.
 
     Args:
-      array: [N, ...].
+      arrays: of the cache.
+      layout: of the cache, of any kind.
       block_ids: i32[M], distinct; N and beyond drops the block.
-      blocks: [M, ...], cast to the dtype of `array`.
+      blocks: [M, L, C, T, H, D], or [M, H, L, C, T, D] if universal; cast to the dtype of the cache.
+      kind: of `blocks`, `fully_contiguous` or `universal`.
       implementation: which kernel.
 
     Returns:
-      The array with the blocks written.
+      The arrays with the blocks written.
 
     Raises:
       LayoutError: at trace time, if the shapes do not fit.
-      NotImplementedError: if there is no such implementation.
+      NotImplementedError: if there is no such implementation, or it cannot serve this call.
     """
-    expected = (block_ids.shape[0], *array.shape[1:])
-    if blocks.shape != expected:
-        raise LayoutError(f"blocks have shape {list(blocks.shape)}; the cache asks for {list(expected)}")
-    return dispatch.select("scatter_blocks", _IMPLEMENTATIONS, implementation)(array, block_ids, blocks)
+    staging = layout.staging(block_ids.shape[0], kind)
+    if blocks.shape != staging.array_shape:
+        raise LayoutError(
+            f"blocks {list(staging.axes)} are {list(blocks.shape)}; {block_ids.shape[0]} ids and the cache ask for "
+            f"{list(staging.array_shape)}"
+        )
+    return OPERATION(implementation, tuple(arrays), layout, block_ids, blocks.astype(layout.dtype), staging)

@@ -1,0 +1,183 @@
+"""Whole blocks between two arrays of any axes, by block id on either side.
+
+A block of one layer is cut into boxes. Where both arrays hold [C, T, H, D] of a block in one run, a box is a piece of
+that run; where one of them is `universal`, it is [t, D], some tokens of one component and head, which the copy engine
+collects with a stride. Axes are the letters of `kvbm_jax.layout`; the array of a single layer is "NCTHD".
+"""
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kvbm_jax.kernels.configs import copy_config
+from kvbm_jax.kernels.mosaic.pipeline import Refs, bring, move, shape_of
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+__all__ = ["Side", "largest_divisor", "move_blocks", "refusal"]
+
+_MOST_ROWS = 16  # boxes of a tile
+_RUN = "CTHD"
+_ALIGNMENT = 16  # bytes
+_MOST_STRIDED = 256  # elements along each axis of a strided copy
+
+
+@dataclass(frozen=True)
+class Side:
+    """Where blocks are read or written."""
+
+    array: jax.Array
+    axes: str
+    block_ids: jax.Array | None = None  # i32[M]: which block is the m-th; None: block m
+    layer: int | None = None  # which layer is meant, if there is an axis L; None for all
+
+
+class _Place:
+    """A side with its block cut up: what index a box has in which view of the array."""
+
+    def __init__(self, side: Side, box: dict[str, int]) -> None:
+        """Args: the side; the box's size along each axis that it spans, in order, "P" being a piece of a run."""
+        sizes = dict(zip(side.axes, side.array.shape, strict=True))
+        self.num_blocks = sizes["N"]
+        self._layer, self._box = side.layer, box
+        self._axes = side.axes
+        if "P" in box:
+            outer = side.axes.removesuffix(_RUN)
+            self._axes = outer + "P"
+            self.view = side.array.reshape(*(sizes[axis] for axis in outer), -1, box["P"])
+        else:
+            self.view = side.array
+        self.block_ids = side.block_ids
+
+    def of(self, ref: Any, block: jax.Array, where: dict[str, jax.Array]) -> Any:
+        """The box of a block in a reference to the view."""
+        index: list[Any] = []
+        for axis in self._axes:
+            if axis == "N":
+                index.append(block)
+            elif axis == "L" and self._layer is not None:
+                index.append(self._layer)
+            elif axis in self._box and axis != "P":
+                index.append(pl.ds(where[axis] * self._box[axis], self._box[axis]) if axis in where else slice(None))
+            else:
+                index.append(where[axis])
+        return ref.at[tuple(index)]
+
+
+def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Array:
+    """Copies `count` blocks into the target, in place where it is donated.
+
+    Blocks of the source from N on are zeros; blocks of the target from N on are dropped. Both sides may be one array,
+    if no block is read and written.
+
+    Args:
+      name: of the operation.
+      source: read.
+      target: written; of the source's dtype.
+      count: M.
+
+    Returns:
+      The target's array.
+    """
+    in_place, shape = source.array is target.array, target.array.shape
+    source, target = _without_heads(source), _without_heads(target)
+    sizes = dict(zip(source.axes, source.array.shape, strict=True))
+    heads_first = not (source.axes.endswith(_RUN) and target.axes.endswith(_RUN))
+    unit = sizes["T"] * sizes["D"] * (1 if heads_first else sizes["C"] * sizes["H"])
+    config = copy_config(name, unit * source.array.dtype.itemsize)
+    itemsize = source.array.dtype.itemsize
+    layers = sizes["L"] if source.layer is None and "L" in source.axes else 1
+    if not heads_first:
+        piece = largest_divisor(unit, config.tile_bytes // itemsize)
+        box, counts = {"P": piece}, {"L": layers, "P": unit // piece}
+    else:
+        tokens = largest_divisor(sizes["T"], config.tile_bytes // (sizes["D"] * itemsize))
+        box = {"T": tokens, "D": sizes["D"]}
+        counts = {"L": layers, "C": sizes["C"], "T": sizes["T"] // tokens, "H": sizes["H"]}
+    here, there = _Place(source, box), _Place(target, box)
+    total = count * math.prod(counts.values())
+    rows = max(min(config.tile_bytes // (math.prod(box.values()) * itemsize), total, _MOST_ROWS), 1)
+    zeros = jnp.zeros(tuple(box.values()), source.array.dtype)
+    ids = [side.block_ids for side in (source, target) if side.block_ids is not None]
+
+    def locate(place: _Place, refs: Refs, m: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """The m-th block of a side, and whether it has it."""
+        if place.block_ids is None:
+            return m, m < place.num_blocks
+        block = refs[3 + next(i for i, array in enumerate(ids) if array is place.block_ids)][m]
+        return block, jnp.logical_and(block >= 0, block < place.num_blocks)
+
+    def decode(number: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The block of a box, and where in the block it is: heads and pieces next to each other in time."""
+        where = {}
+        for axis, size in reversed(counts.items()):
+            where[axis] = lax.rem(number, jnp.int32(size))
+            number = lax.div(number, jnp.int32(size))
+        return number, where
+
+    def load(refs: Refs, tile: jax.Array, buffer: Any, barrier: Any) -> None:
+        def row(r: jax.Array, _: None) -> None:
+            m, where = decode(jnp.minimum(tile * rows + r, total - 1))
+            block, present = locate(here, refs, m)
+
+            @pl.when(present)
+            def copy() -> None:
+                bring(here.of(refs[2] if in_place else refs[0], block, where), buffer.at[r], barrier)
+
+            @pl.when(jnp.logical_not(present))
+            def clear() -> None:
+                bring(refs[1], buffer.at[r], barrier)
+
+        lax.fori_loop(0, rows, row, None)
+
+    def store(refs: Refs, tile: jax.Array, buffer: Any) -> None:
+        def row(r: jax.Array, _: None) -> None:
+            number = tile * rows + r
+            m, where = decode(jnp.minimum(number, total - 1))
+            block, present = locate(there, refs, m)
+
+            @pl.when(jnp.logical_and(present, number < total))
+            def copy() -> None:
+                plgpu.copy_smem_to_gmem(buffer.at[r], there.of(refs[2], block, where), commit_group=False)
+
+        lax.fori_loop(0, rows, row, None)
+
+    written = jax.new_ref(there.view)
+    move(
+        name,
+        (zeros if in_place else here.view, zeros, written, *ids),
+        num_tiles=-(-total // rows),
+        tile=shape_of((rows, *box.values()), source.array.dtype),
+        copies=rows,
+        load=load,
+        store=store,
+        config=config,
+    )
+    return jax.freeze(written).reshape(shape)
+
+
+def refusal(layout: KVLayout, *kinds: LayoutKind) -> str | None:
+    """Returns why blocks of such a cache cannot be moved between arrays of these kinds, or None."""
+    if (row := layout.head_dim * layout.itemsize) % _ALIGNMENT:
+        return f"head_dim {layout.head_dim} in {layout.dtype} is {row} bytes, not a multiple of {_ALIGNMENT}"
+    if LayoutKind.UNIVERSAL in kinds and layout.num_kv_heads > 1 and layout.head_dim > _MOST_STRIDED:
+        return f"universal with head_dim {layout.head_dim}: strided copies have at most {_MOST_STRIDED} elements a row"
+    return None
+
+
+def _without_heads(side: Side) -> Side:
+    """With one head, `universal` is `fully_contiguous`."""
+    shape = dict(zip(side.axes, side.array.shape, strict=True))
+    if side.axes != "NHLCTD" or shape["H"] > 1:
+        return side
+    return replace(side, array=side.array.reshape(*(shape[axis] for axis in "NLCTHD")), axes="NLCTHD")
+
+
+def largest_divisor(number: int, limit: int) -> int:
+    """The largest divisor of a number that is not over the limit."""
+    return max(d for d in range(1, min(number, max(limit, 1)) + 1) if number % d == 0)

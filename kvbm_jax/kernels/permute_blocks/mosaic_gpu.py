@@ -1,0 +1,34 @@
+"""`permute_blocks` by bulk copies: one kernel for each layer of separate arrays, else one."""
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax.kernels.mosaic import boxes
+from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+__all__ = ["permute_blocks", "refusal"]
+
+
+def permute_blocks(arrays: tuple[jax.Array, ...], layout: KVLayout, target: KVLayout) -> tuple[jax.Array, ...]:
+    """See `kvbm_jax.kernels.permute_blocks`; `target` describes the result."""
+    if layout.kind is target.kind:
+        return arrays
+    from_layers, to_layers = (side.kind is LayoutKind.LAYER_SEPARATE for side in (layout, target))
+    results = [jnp.empty(target.array_shape, target.dtype) for _ in range(target.num_arrays)]
+    for layer in range(layout.num_layers if from_layers or to_layers else 1):
+        where = layer if to_layers else 0
+        results[where] = move_blocks(
+            "permute_blocks",
+            Side(
+                arrays[layer if from_layers else 0], layout.axes, layer=None if from_layers or not to_layers else layer
+            ),
+            Side(results[where], target.axes, layer=layer if from_layers else None),
+            count=layout.num_blocks,
+        )
+    return tuple(results)
+
+
+def refusal(arrays: tuple[jax.Array, ...], layout: KVLayout, target: KVLayout) -> str | None:
+    """Returns why the kernel cannot serve such a call, or None."""
+    return boxes.refusal(layout, layout.kind, target.kind)

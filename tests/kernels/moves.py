@@ -1,0 +1,148 @@
+"""What every implementation of the moving kernels must do, against plain numpy: one check for each operation.
+
+A cache is compared in logical order, [L, N, C, T, H, D], whatever its kind. Contents are random bytes that the dtype
+holds exactly, so that equality is exact.
+"""
+
+import functools
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from kvbm_jax import kernels
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+KINDS = tuple(LayoutKind)
+RUNS = (LayoutKind.FULLY_CONTIGUOUS, LayoutKind.UNIVERSAL)
+LOGICAL = "LNCTHD"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A cache, an implementation, and a seed."""
+
+    layout: KVLayout
+    implementation: str
+    seed: int = 0
+
+    @property
+    def rng(self):
+        return np.random.default_rng(self.seed)
+
+    def values(self, *shape):
+        """Numbers that every dtype of a cache holds, as the cache's dtype."""
+        return self.rng.integers(-8, 8, shape).astype(jnp.dtype(self.layout.dtype))
+
+    def logical(self):
+        sizes = dict(zip("LNCTHD", sizes_of(self.layout), strict=True))
+        return self.values(*(sizes[axis] for axis in LOGICAL))
+
+    def ids(self, count, *, distinct=True):
+        """Block ids, one of them past the end."""
+        blocks = self.layout.num_blocks
+        ids = self.rng.permutation(blocks)[:count] if distinct else self.rng.integers(0, blocks, count)
+        ids = ids.astype(np.int32)
+        ids[count // 2] = blocks
+        return ids
+
+
+def sizes_of(layout):
+    return (
+        layout.num_layers,
+        layout.num_blocks,
+        layout.components,
+        layout.block_size,
+        layout.num_kv_heads,
+        layout.head_dim,
+    )
+
+
+def arrange(logical, layout):
+    """Logical contents as the arrays of a layout."""
+    if layout.kind is LayoutKind.LAYER_SEPARATE:
+        return tuple(jnp.array(layer) for layer in logical)
+    return (jnp.array(logical.transpose([LOGICAL.index(axis) for axis in layout.axes])),)
+
+
+def logical_of(arrays, layout):
+    if layout.kind is LayoutKind.LAYER_SEPARATE:
+        return np.stack([np.asarray(array) for array in arrays])
+    return np.asarray(arrays[0]).transpose([layout.axes.index(axis) for axis in LOGICAL])
+
+
+def jitted(function, case, **options):
+    # Not cached: whether kernels are interpreted is decided when a program is traced.
+    return jax.jit(functools.partial(function, implementation=case.implementation, **options))
+
+
+def check_store_and_load(case, tokens):
+    """Rows go to their slots and come back; what is not named stays as it is."""
+    layout = case.layout
+    size, blocks = layout.block_size, layout.num_blocks
+    logical = case.logical()[:1]
+    array = jnp.array(logical[0])
+    rows = case.values(layout.components, tokens, layout.num_kv_heads, layout.head_dim)
+    slots = case.rng.permutation(blocks * size)[:tokens].astype(np.int32)
+    slots[tokens // 2] = blocks * size  # padding
+    expected = logical[0].copy()
+    real = slots < blocks * size
+    for component in range(layout.components):
+        expected[slots[real] // size, component, slots[real] % size] = rows[component][real]
+    stored = jitted(kernels.store_kv, case)(array, tuple(jnp.array(part) for part in rows), slots)
+    np.testing.assert_array_equal(np.asarray(stored), expected)
+    loaded = jitted(kernels.load_kv, case)(stored, slots)
+    assert len(loaded) == layout.components
+    for got, part in zip(loaded, rows, strict=True):
+        assert got.dtype == array.dtype
+        np.testing.assert_array_equal(np.asarray(got)[real], part[real])
+        np.testing.assert_array_equal(np.asarray(got, np.float32)[~real], 0)
+
+
+def check_gather_and_scatter(case, count, kind, *, with_out):
+    """Blocks come as runs of a kind and go to other places of another cache."""
+    layout = case.layout
+    logical, ids = case.logical(), case.ids(count, distinct=False)
+    staging = layout.staging(count, kind)
+    out = jnp.full(staging.array_shape, 3, layout.dtype) if with_out else None
+    expected = np.zeros((layout.num_layers, count, *logical.shape[2:]), logical.dtype)
+    real = ids < layout.num_blocks
+    expected[:, real] = logical[:, ids[real]]
+    gathered = jitted(kernels.gather_blocks, case, layout=layout, kind=kind)(
+        arrange(logical, layout), block_ids=ids, out=out
+    )
+    assert gathered.dtype == jnp.dtype(layout.dtype)
+    np.testing.assert_array_equal(logical_of((gathered,), staging), expected)
+    targets = case.ids(count)
+    changed, kept = logical.copy(), targets < layout.num_blocks
+    changed[:, targets[kept]] = expected[:, kept]
+    scattered = jitted(kernels.scatter_blocks, case, layout=layout, kind=kind)(
+        arrange(logical, layout), block_ids=targets, blocks=gathered
+    )
+    np.testing.assert_array_equal(logical_of(scattered, layout), changed)
+
+
+def check_copy(case, *, disjoint):
+    """Blocks are copied, all reads before all writes."""
+    layout = case.layout
+    logical, order = case.logical(), case.rng.permutation(layout.num_blocks).astype(np.int32)
+    half = layout.num_blocks // 2
+    # Not disjoint: a rotation of all blocks, every one of which is read and written.
+    sources, targets = (order[:half], order[half : 2 * half].copy()) if disjoint else (order, np.roll(order, 1))
+    targets[0] = layout.num_blocks
+    expected = logical.copy()
+    expected[:, targets[1:]] = logical[:, sources[1:]]
+    copied = jitted(kernels.copy_blocks, case, layout=layout, disjoint=disjoint)(
+        arrange(logical, layout), sources=sources, targets=targets
+    )
+    np.testing.assert_array_equal(logical_of(copied, layout), expected)
+
+
+def check_permute(case, kind):
+    """The same contents in another arrangement."""
+    logical = case.logical()
+    target = case.layout.with_kind(kind)
+    permuted = jitted(kernels.permute_blocks, case, layout=case.layout, kind=kind)(arrange(logical, case.layout))
+    assert [array.shape for array in permuted] == [target.array_shape] * target.num_arrays
+    np.testing.assert_array_equal(logical_of(permuted, target), logical)

@@ -1,0 +1,124 @@
+"""The moving kernels, every implementation by one suite; Mosaic's run in Pallas's interpreter."""
+
+import contextlib
+import itertools
+
+import hypothesis
+import hypothesis.strategies as st
+import moves
+import pytest
+from moves import KINDS, RUNS, Case
+
+from kvbm_jax import kernels
+from kvbm_jax.kernels import target
+from kvbm_jax.kernels.configs import CopyConfig, using
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+pytestmark = pytest.mark.core
+
+IMPLEMENTATIONS = kernels.OPERATIONS["store_kv"].implementations
+SMALL = {"num_layers": 2, "num_blocks": 6, "block_size": 8, "num_kv_heads": 2, "head_dim": 64}
+DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
+SEPARATE, STACKED = LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED
+
+
+def running(implementation):
+    """Where an implementation runs here."""
+    return target.interpreted() if implementation == "mosaic_gpu" else contextlib.nullcontext()
+
+
+@pytest.fixture(params=IMPLEMENTATIONS)
+def implementation(request):
+    with running(request.param):
+        yield request.param
+
+
+def layout(**sizes):
+    return KVLayout(**SMALL | sizes)
+
+
+def test_the_interpreter_is_one_of_them():
+    assert IMPLEMENTATIONS == ("mosaic_gpu", "xla")
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 12])
+def test_store_and_load(implementation, tokens):
+    moves.check_store_and_load(Case(layout(), implementation), tokens)
+
+
+@pytest.mark.parametrize(("kind", "with_out"), [(RUNS[0], False), (RUNS[1], True)])
+@pytest.mark.parametrize("own", KINDS)
+def test_gather_and_scatter(implementation, own, kind, with_out):
+    moves.check_gather_and_scatter(Case(layout(kind=own), implementation), 4, kind, with_out=with_out)
+
+
+@pytest.mark.parametrize("disjoint", [False, True])
+@pytest.mark.parametrize("own", [SEPARATE, LayoutKind.UNIVERSAL])
+def test_copy(implementation, own, disjoint):
+    moves.check_copy(Case(layout(kind=own), implementation), disjoint=disjoint)
+
+
+@pytest.mark.parametrize(("own", "kind"), [(SEPARATE, RUNS[1]), (RUNS[1], STACKED), (RUNS[0], SEPARATE)])
+def test_permute(implementation, own, kind):
+    moves.check_permute(Case(layout(kind=own), implementation), kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("own", "kind"), list(itertools.product(KINDS, KINDS)))
+def test_permute_between_all_kinds(implementation, own, kind):
+    moves.check_permute(Case(layout(kind=own), implementation), kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(
+    ("block_size", "heads", "head_dim", "components"),
+    [
+        (8, 2, 64, 2),
+        (16, 1, 80, 2),
+        (32, 3, 96, 2),
+        (64, 2, 128, 2),
+        (128, 1, 192, 2),
+        (256, 1, 256, 2),
+        (16, 1, 576, 1),
+    ],
+)
+def test_every_shape_and_dtype(implementation, dtype, block_size, heads, head_dim, components):
+    sizes = {"block_size": block_size, "num_kv_heads": heads, "head_dim": head_dim, "components": components}
+    case = Case(layout(num_blocks=4, num_layers=1, dtype=dtype, **sizes), implementation)
+    moves.check_store_and_load(case, 5)
+    for kind in RUNS:
+        moves.check_gather_and_scatter(case, 3, kind, with_out=True)
+    moves.check_copy(case, disjoint=True)
+
+
+@pytest.mark.long
+@hypothesis.settings(max_examples=40)
+@hypothesis.given(data=st.data())
+def test_shapes_drawn_at_random(data):
+    draw = data.draw
+    sizes = layout(
+        num_layers=draw(st.integers(1, 3)),
+        num_blocks=draw(st.integers(2, 9)),
+        block_size=draw(st.sampled_from([1, 2, 8, 12])),
+        num_kv_heads=draw(st.integers(1, 3)),
+        head_dim=draw(st.sampled_from([16, 48, 64, 80])),
+        dtype=draw(st.sampled_from(DTYPES)),
+        kind=draw(st.sampled_from(KINDS)),
+        components=draw(st.integers(1, 2)),
+    )
+    config = CopyConfig(
+        tile_bytes=draw(st.sampled_from([64, 1024, 4096])),
+        stages=draw(st.integers(2, 5)),
+        blocks_per_core=draw(st.integers(1, 3)),
+    )
+    seed = draw(st.integers(0, 99))
+    for implementation in IMPLEMENTATIONS:
+        case = Case(sizes, implementation, seed)
+        with running(implementation), using(config):
+            moves.check_store_and_load(case, draw(st.integers(1, sizes.num_slots)))
+            moves.check_gather_and_scatter(
+                case, draw(st.integers(1, sizes.num_blocks)), draw(st.sampled_from(RUNS)), with_out=draw(st.booleans())
+            )
+            moves.check_copy(case, disjoint=draw(st.booleans()))
+            moves.check_permute(case, draw(st.sampled_from(KINDS)))
