@@ -69,33 +69,35 @@ def test_permute_between_all_kinds(implementation, own, kind):
     moves.check_permute(Case(layout(kind=own), implementation), kind)
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(
-    ("block_size", "heads", "head_dim", "components"),
-    [
-        (8, 2, 64, 2),
-        (16, 1, 80, 2),
-        (32, 3, 96, 2),
-        (64, 2, 128, 2),
-        (128, 1, 192, 2),
-        (256, 1, 256, 2),
-        (16, 1, 576, 1),
-    ],
-)
-def test_every_shape_and_dtype(implementation, dtype, block_size, heads, head_dim, components):
-    sizes = {"block_size": block_size, "num_kv_heads": heads, "head_dim": head_dim, "components": components}
-    case = Case(layout(num_blocks=4, num_layers=1, dtype=dtype, **sizes), implementation)
+SHAPES = [  # block size, heads, head dim, components
+    (8, 2, 64, 2),
+    (16, 1, 80, 2),
+    (32, 3, 96, 2),
+    (64, 2, 128, 2),
+    (128, 1, 192, 2),
+    (256, 1, 256, 2),
+    (16, 1, 576, 1),
+]
+
+
+def every(sizes, dtype):
+    """Marked `long` where each shape has one dtype of all, `soak` else."""
+    both = SHAPES.index(sizes) % len(DTYPES) == DTYPES.index(dtype)
+    return pytest.param(sizes, dtype, marks=[pytest.mark.long] if both else [pytest.mark.long, pytest.mark.soak])
+
+
+@pytest.mark.parametrize(("sizes", "dtype"), [every(*case) for case in itertools.product(SHAPES, DTYPES)])
+def test_every_shape_and_dtype(implementation, sizes, dtype):
+    names = ("block_size", "num_kv_heads", "head_dim", "components")
+    made = layout(num_blocks=4, num_layers=1, dtype=dtype, **dict(zip(names, sizes, strict=True)))
+    case = Case(made, implementation)
     moves.check_store_and_load(case, 5)
     for kind in RUNS:
         moves.check_gather_and_scatter(case, 3, kind, with_out=True)
     moves.check_copy(case, disjoint=True)
 
 
-@pytest.mark.long
-@hypothesis.settings(max_examples=40)
-@hypothesis.given(data=st.data())
-def test_shapes_drawn_at_random(data):
+def check_shapes(data):
     draw = data.draw
     sizes = layout(
         num_layers=draw(st.integers(1, 3)),
@@ -122,3 +124,19 @@ def test_shapes_drawn_at_random(data):
             )
             moves.check_copy(case, disjoint=draw(st.booleans()))
             moves.check_permute(case, draw(st.sampled_from(KINDS)))
+
+
+@pytest.mark.long
+@hypothesis.settings(max_examples=8)
+@hypothesis.given(data=st.data())
+def test_shapes_drawn_at_random(data):
+    check_shapes(data)
+
+
+@pytest.mark.long
+@pytest.mark.soak
+@pytest.mark.timeout(1800)
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(data=st.data())
+def test_many_shapes_drawn_at_random(data):
+    check_shapes(data)
