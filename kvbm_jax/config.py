@@ -27,11 +27,11 @@ import numpy as np
 
 from kvbm_jax import eviction, extensions
 from kvbm_jax.errors import ConfigError
-from kvbm_jax.events import outlets
+from kvbm_jax.events import Consolidation, outlets
 from kvbm_jax.hashing import HashAlgorithm
 from kvbm_jax.tenants import TenantQuotas
 
-__all__ = ["CacheDtype", "EventTransport", "KvBlockManagerConfig"]
+__all__ = ["CacheDtype", "EventConsolidation", "EventTransport", "KvBlockManagerConfig"]
 
 _PREFIX = "KVBM_"
 _OTHER_VARIABLES = frozenset({"KVBM_TRACES"})  # read elsewhere: the folder of traces for replay
@@ -57,6 +57,14 @@ class EventTransport(enum.StrEnum):
     NATS = "nats"
     ZMQ = "zmq"
     NONE = "none"
+
+
+class EventConsolidation(enum.StrEnum):
+    """What a manager's subscribers are told of its tiers, and whether an engine's blocks are told with them."""
+
+    NONE = "none"  # every event of the manager's, as it happens
+    PER_TIER = Consolidation.PER_TIER.value
+    MERGED = Consolidation.MERGED.value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,6 +142,17 @@ class KvBlockManagerConfig:
     events_url: Annotated[str | None, _Says("address of the events; needs events = nats, zmq or another transport")] = (
         None
     )
+    consolidate: Annotated[
+        EventConsolidation,
+        _Says("what events say of tiers: none, all as it happens; per_tier, each; merged, first copy and last"),
+    ] = EventConsolidation.NONE
+    engine_events: Annotated[
+        tuple[str, ...],
+        _Says(
+            "addresses of the ZeroMQ event streams of an engine beside this manager, tcp://host:port or with "
+            "?replay=tcp://host:port; needs consolidate"
+        ),
+    ] = ()
     controller: Annotated[
         str | None,
         _Says("where a running manager is controlled: auto, unix:///path or http://host:port; unset: nowhere"),
@@ -180,6 +199,19 @@ class KvBlockManagerConfig:
                 )
             if self.events in {EventTransport.NATS, EventTransport.ZMQ} and "://" not in self.events_url:
                 raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
+        if self.consolidate is not EventConsolidation.NONE and self.events == EventTransport.NONE:
+            raise ConfigError(f"consolidate = {self.consolidate} but events = none: nobody is told")
+        if self.engine_events and self.consolidate is EventConsolidation.NONE:
+            raise ConfigError(
+                f"engine_events = {list(self.engine_events)} but consolidate = none: an engine's events are "
+                "told together with the manager's; set consolidate = per_tier or merged"
+            )
+        for url in self.engine_events:
+            if "://" not in url or self.engine_events.count(url) > 1:
+                raise ConfigError(
+                    f"engine_events = {list(self.engine_events)}: allowed are addresses such as tcp://host:port, "
+                    "each once"
+                )
         if self.controller_token_file is not None and self.controller is None:
             raise ConfigError(
                 f"controller_token_file = {self.controller_token_file} but controller is unset: nobody asks for it"
@@ -229,6 +261,8 @@ class KvBlockManagerConfig:
         def plain(value: Any) -> Any:
             if isinstance(value, TenantQuotas):
                 return dict(value)
+            if isinstance(value, tuple):
+                return list(value)
             return str(value) if isinstance(value, str | pathlib.Path) else value
 
         return {name: plain(getattr(self, name)) for name in _keys()}
@@ -249,7 +283,7 @@ class KvBlockManagerConfig:
 class _Key:
     """One key: its type, and what is said beside it."""
 
-    kind: type  # bool, int, float, str, pathlib.Path, a StrEnum or TenantQuotas
+    kind: type  # bool, int, float, str, tuple (of strings), pathlib.Path, a StrEnum or TenantQuotas
     optional: bool
     says: _Says
     default: object  # dataclasses.MISSING where it depends on the user
@@ -267,6 +301,7 @@ class _Key:
             int: "an integer",
             float: "a number",
             str: "a string",
+            tuple: "a list of strings",
             TenantQuotas: "a table from tenants to blocks (an integer >= 0) or parts of the pool (> 0 and <= 1)",
         }
         limits = ((">", self.says.above), (">=", self.says.low), ("<=", self.says.high))
@@ -286,7 +321,7 @@ def _keys() -> dict[str, _Key]:
     keys = {}
     for field in dataclasses.fields(KvBlockManagerConfig):
         annotated, says = typing.get_args(hints[field.name])
-        kinds = typing.get_args(annotated) or (annotated,)
+        kinds = (tuple,) if typing.get_origin(annotated) is tuple else typing.get_args(annotated) or (annotated,)
         keys[field.name] = _Key(kinds[0], type(None) in kinds, says, field.default)
     return keys
 
@@ -333,8 +368,8 @@ def _parse(name: str, key: _Key, text: str, source: str) -> Any:
         return int(text)
     if key.kind is float and _NUMBER.fullmatch(text):
         return float(text)
-    if key.kind is TenantQuotas:
-        # As in a file: {acme = 0.5, globex = 2000}.
+    if key.kind in {TenantQuotas, tuple}:
+        # As in a file: {acme = 0.5, globex = 2000}, or ["one", "another"].
         with contextlib.suppress(tomllib.TOMLDecodeError, RecursionError):
             table = tomllib.loads(f"{name} = {text}")
             if table.keys() == {name}:
@@ -357,6 +392,9 @@ def _check(name: str, key: _Key, value: Any, source: str) -> Any:
         typed = value if isinstance(value, int | float) else None
     elif key.kind is TenantQuotas:
         typed = TenantQuotas.of(value) if isinstance(value, Mapping) else None
+    elif key.kind is tuple:
+        listed = isinstance(value, list | tuple) and all(isinstance(item, str) and item for item in value)
+        typed = tuple(value) if listed else None
     elif key.kind is pathlib.Path:
         typed = pathlib.Path(value) if isinstance(value, str | os.PathLike) and os.fspath(value) else None
     elif issubclass(key.kind, enum.StrEnum):
@@ -373,16 +411,20 @@ def _refusal(name: str, key: _Key, value: object, source: str) -> ConfigError:
 
 
 def _property(key: _Key) -> dict[str, Any]:
-    kinds = {bool: "boolean", int: "integer", float: "number", TenantQuotas: "object"}
+    kinds = {bool: "boolean", int: "integer", float: "number", tuple: "array", TenantQuotas: "object"}
     kind = kinds.get(key.kind, "string")
     schema: dict[str, Any] = {"description": key.says.help, "type": kind}
     if key.kind is TenantQuotas:
         parts = {"type": "number", "exclusiveMinimum": 0, "maximum": 1}
         schema["additionalProperties"] = {"anyOf": [{"type": "integer", "minimum": 0}, parts]}
+    if key.kind is tuple:
+        schema |= {"items": {"type": "string"}, "uniqueItems": True}
     if choices := key.choices():
         schema["enum"] = [str(choice) for choice in choices]
     limits = {"minimum": key.says.low, "maximum": key.says.high, "exclusiveMinimum": key.says.above}
     schema |= {word: limit for word, limit in limits.items() if limit is not None}
     if key.default is not None and key.default is not dataclasses.MISSING:
         schema["default"] = str(key.default) if isinstance(key.default, str) else key.default
+        if isinstance(key.default, tuple):
+            schema["default"] = list(key.default)
     return schema

@@ -34,18 +34,11 @@ from kvbm_jax.admission import Admission, Prepared
 from kvbm_jax.agreement import Agreement, agree_alone
 from kvbm_jax.cache import KVCache
 from kvbm_jax.calls import Calls
-from kvbm_jax.config import EventTransport, KvBlockManagerConfig
+from kvbm_jax.config import KvBlockManagerConfig
 from kvbm_jax.device_tier import DeviceTier
 from kvbm_jax.errors import ConfigError
-from kvbm_jax.events import (
-    EventBus,
-    EventPublisher,
-    KvEvent,
-    KvEventBatch,
-    NullEventSink,
-    Subscription,
-    open_outlet,
-)
+from kvbm_jax.event_flow import EventFlow
+from kvbm_jax.events import EventPublisher, KvEvent, Subscription
 from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
 from kvbm_jax.hashing import Multimodal, check_tokens
@@ -57,7 +50,7 @@ from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
-from kvbm_jax.protocols import BlockStore, Clock, EventSink, MetricsSink, RequestObserver, StoreStats, Tier
+from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, RequestObserver, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.request_log import RequestLog
 from kvbm_jax.residency import Residency
@@ -157,10 +150,9 @@ class BlockManager:
             )
         self._metrics: MetricsSink = NullMetrics() if metrics is None else GuardedMetrics(metrics)
         self._clock: Clock = time if clock is None else clock
-        self._bus = EventBus(metrics=self._metrics)
-        self._sink = _open_sink(config, self._bus, self._metrics)
+        self._events = EventFlow(config, metrics=self._metrics, clock=self._clock)
         self._publisher = EventPublisher(
-            self._sink,
+            self._events.sink,
             worker_id=config.worker_id,
             block_size=config.block_size,
             clock=self._clock,
@@ -184,7 +176,7 @@ class BlockManager:
         except BaseException:
             if engine is not None:
                 engine.close(0)
-            self._sink.close()
+            self._events.close()
             raise
         self._requests = RequestLog(self._metrics, observer)
         self._roster = Roster(max_sequences, self._requests.left)
@@ -580,13 +572,17 @@ class BlockManager:
     def publish_event(self, event: KvEvent) -> None:
         """Publishes an event of the caller's beside the manager's own; returns at once.
 
-        The manager numbers it: `event_id` is replaced by the next of this worker.
+        The manager numbers it: `event_id` is replaced by the next of this worker. Where events are consolidated, or
+        told in the engines' language, one that names no block goes no further.
         """
         self._publisher.publish(event)
 
     def subscribe_events(self) -> Subscription:
-        """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously."""
-        return self._bus.subscribe()
+        """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously.
+
+        What is told is what `consolidate` of the configuration says; the same goes to the transport that it names.
+        """
+        return self._events.subscribe()
 
     @_in_turn
     def stats(self) -> BlockCounts:
@@ -704,8 +700,7 @@ class BlockManager:
         try:
             self._device.residency.close(deadline)
         finally:
-            self._sink.close()
-            self._bus.close()
+            self._events.close()
 
     def _lose(self) -> None:
         """Forgets what the device holds; the tiers below keep theirs."""
@@ -717,14 +712,3 @@ class BlockManager:
     def _free_if_current(self, block: Block) -> None:
         if self._loose.is_current(block):
             self.free_blocks([block])
-
-
-def _open_sink(config: KvBlockManagerConfig, bus: EventBus, metrics: MetricsSink) -> EventSink[KvEventBatch]:
-    """Where a manager's events go."""
-    match config.events:
-        case EventTransport.NONE:
-            return NullEventSink()
-        case EventTransport.INPROC:
-            return bus
-        case transport:
-            return open_outlet(transport, bus, worker_id=config.worker_id, url=config.events_url, metrics=metrics)

@@ -20,11 +20,11 @@ def prompts(seed, loras):
 class Moves:
     """A manager over two tiers that refuse blocks now and then, so that parents go before their children."""
 
-    def __init__(self, seed=0, loras=(None, None, "tuned")):
+    def __init__(self, seed=0, loras=(None, None, "tuned"), **config):
         self.stores = [
             Faulty(MemoryBlockStore(BLOCK_BYTES, capacity=n, tier=t)) for t, n in ((Tier.G2, 12), (Tier.G3, 16))
         ]
-        self.manager = make(9, stores=self.stores)
+        self.manager = make(9, stores=self.stores, **config)
         self.events = self.manager.subscribe_events()
         self.draw = random.Random(seed)
         self.prompts = prompts(seed, loras)

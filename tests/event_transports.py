@@ -1,5 +1,6 @@
 """The transports of events for tests: each as it is, and all of them under one interface."""
 
+import socket
 import threading
 
 from kvbm_jax.events import MsgpackCodec
@@ -9,6 +10,19 @@ from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisher, ZmqKvEventPub
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
 
 ANY = "tcp://127.0.0.1:*"
+
+
+def free_ports():
+    """Two free ports, one after the other."""
+    while True:
+        with socket.socket() as first, socket.socket() as second:
+            first.bind(("127.0.0.1", 0))
+            port = first.getsockname()[1]
+            try:
+                second.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
 
 
 def zmq_publisher(**fields):

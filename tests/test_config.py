@@ -70,6 +70,8 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "offload_policy": "always",
         "events": "zmq",
         "events_url": "tcp://127.0.0.1:5557",
+        "consolidate": "merged",
+        "engine_events": ["tcp://127.0.0.1:5600", "ipc:///run/engine?replay=ipc:///run/replay"],
         "controller": "auto",
         "controller_token_file": "/run/token",
         "worker_id": "w-1",
@@ -78,7 +80,7 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
     assert set(values) == {field.name for field in dataclasses.fields(KvBlockManagerConfig)}
     toml = {k: toml_of(v) for k, v in values.items()}
     from_file = load("\n".join(f"{k} = {v}" for k, v in toml.items()), None, tmp_path)
-    texts = {k: toml[k] if isinstance(v, bool | dict) else str(v) for k, v in values.items()}
+    texts = {k: toml[k] if isinstance(v, bool | dict | list) else str(v) for k, v in values.items()}
     from_env = load(env={f"KVBM_{k.upper()}": text for k, text in texts.items()})
     assert from_file == from_env == load(**values) == KvBlockManagerConfig(**values)
     assert from_file.as_dict() == values
@@ -148,6 +150,9 @@ def test_text_that_is_read(name, text, value):
         ("quotas", "{a = '1'}", "a table"),
         ("quotas", "{a = {b = 1}}", "a table"),
         ("quotas", "{a = 1, a = 2}", "a table"),
+        ("engine_events", "tcp://127.0.0.1:1", "a list of strings"),
+        ("engine_events", "[1]", "a list of strings"),
+        ("consolidate", "both", "one of none, per_tier, merged"),
     ],
 )
 def test_a_bad_value_names_its_key_variable_value_and_range(name, text, allowed):
@@ -180,6 +185,10 @@ def test_a_bad_value_names_its_key_variable_value_and_range(name, text, allowed)
         ("quotas", "{a = 1}"),
         ("quotas", {1: 1}),
         ("quotas", [("a", 1)]),
+        ("engine_events", "tcp://127.0.0.1:1"),
+        ("engine_events", [1]),
+        ("engine_events", [""]),
+        ("engine_events", None),
     ],
 )
 def test_arguments_are_typed_not_parsed(name, value):
@@ -238,6 +247,10 @@ def test_an_absent_file_is_named(tmp_path):
         ({"num_blocks": 2**25, "block_size": 64}, "2,147,483,648 slots"),
         ({"events_url": "tcp://h:1"}, "events_url = 'tcp://h:1' but events = inproc"),
         ({"events_url": "h:1", "events": "nats"}, "such as tcp://host:port"),
+        ({"consolidate": "merged", "events": "none"}, "consolidate = merged but events = none"),
+        ({"engine_events": ["tcp://h:1"]}, "but consolidate = none: an engine's events"),
+        ({"engine_events": ["h:1"], "consolidate": "merged"}, "such as tcp://host:port"),
+        ({"engine_events": ["tcp://h:1"] * 2, "consolidate": "merged"}, "each once"),
         ({"worker_id": ""}, "worker_id = ''"),
         ({"worker_id": "a b"}, "worker_id = 'a b'"),
         ({"worker_id": "a\n"}, "worker_id"),
@@ -301,6 +314,8 @@ def test_schema_and_record_tell_the_same_keys_and_defaults():
     assert properties["gpu_memory_fraction"]["exclusiveMinimum"] == 0
     assert properties["events"]["default"] == "inproc"
     assert "default" not in properties["offload_path"]
+    told = properties["engine_events"]
+    assert (told["type"], told["items"], told["default"]) == ("array", {"type": "string"}, [])
 
 
 def test_a_configuration_is_frozen_and_replaceable():

@@ -49,6 +49,14 @@ def test_host_memory_losing_a_block_does_not_hide_the_copy_on_disk():
     assert told(sink)[1:] == [("deleted", 0, Tier.G1)]
 
 
+def test_what_is_merged_is_told_as_of_the_device():
+    sink, consolidator = make("merged")
+    manager = consolidator.source("manager")
+    manager.publish(batch(event("created", 0, Tier.G3), event("created", 1)))
+    manager.publish(batch(event("deleted", 0, Tier.G3), event("deleted", 1)))
+    assert {tier for _, _, tier in told(sink)} == {Tier.G1}
+
+
 def test_each_tier_is_told_with_its_own_name():
     sink, consolidator = make("per_tier")
     manager = consolidator.source("manager")

@@ -1,6 +1,7 @@
 """The real Dynamo on the wire: its indexer, subscribed to our ZeroMQ publisher, answers as `PrefixIndex` does."""
 
 import contextlib
+import itertools
 import json
 import socket
 import subprocess
@@ -12,6 +13,7 @@ import urllib.request
 import pytest
 import zmq
 from block_moves import Moves, held
+from event_transports import free_ports
 from tiered import SIZE
 
 from kvbm_jax.events import Consolidator, EventType, KvEvent, KvEventBatch, ParentGate, PrefixIndex, RecordingEventSink
@@ -146,3 +148,30 @@ def test_dynamos_indexer_answers_as_our_index_does_after_a_replayed_gap():
                 answers.add(ours)
     assert answers >= set(range(6))
     assert min(lossy.lost, lossy.passed) >= 20
+
+
+def test_dynamos_indexer_follows_a_manager_by_its_configuration_alone():
+    port = free_ports()
+    config = {"events": "zmq", "events_url": f"tcp://127.0.0.1:{port}", "consolidate": "merged"}
+    moves, index = Moves(seed=2, loras=[None], worker_id=str(WORKER), **config), PrefixIndex()
+    questions = [next(moves.prompts)[0] for _ in range(40)]
+    with moves.manager as manager, contextlib.closing(Indexer()) as indexer:
+        where = {"endpoint": f"tcp://127.0.0.1:{port}", "replay_endpoint": f"tcp://127.0.0.1:{port + 1}"}
+        indexer.ask("/register", instance_id=WORKER, model_name="tiny", block_size=SIZE, **where)
+
+        unused = itertools.count(1000, SIZE)
+
+        def hears():
+            """Whether the indexer has, by now, a block that is told of now."""
+            first = next(unused)
+            manager.publish_event(mark := event(EventType.CREATED, range(first, first + SIZE)))
+            return indexer.blocks(mark.token_ids) == 1
+
+        indexer.until(hears)
+        for last in range(1, 4):
+            while moves.count < 100 * last:
+                for batch in moves.move():
+                    index.apply(batch)
+            indexer.until(hears)
+            assert [indexer.blocks(tokens) for tokens in questions] == [held(index, tokens) for tokens in questions]
+    assert index.stats().unknown_deletes == 0

@@ -60,6 +60,7 @@ FLOORS = {
         "agreement",
         "block_pool",
         "calls",
+        "event_flow",
         "handles",
         "interrupts",
         "ledger",

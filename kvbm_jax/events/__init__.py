@@ -15,7 +15,7 @@ from kvbm_jax.events.dynamo import DynamoCodec
 from kvbm_jax.events.engine import EngineCodec
 from kvbm_jax.events.live import LiveBlocks
 from kvbm_jax.events.native import JsonCodec, MsgpackCodec
-from kvbm_jax.events.outlets import open_outlet
+from kvbm_jax.events.outlets import open_inlet, open_outlet
 from kvbm_jax.events.parent_gate import ParentGate
 from kvbm_jax.events.prefix_index import Holder, IndexStats, Overlap, PrefixIndex
 from kvbm_jax.events.publisher import EventPublisher
@@ -46,6 +46,7 @@ __all__ = [
     "LiveBlocks",
     "StreamItem",
     "Subscription",
+    "open_inlet",
     "open_outlet",
     "EventCodec",
     "MsgpackCodec",

@@ -13,7 +13,7 @@ the union:
                each tier is told for itself. A block that moves down is `migrated`, where both halves are true of the
                union.
     merged     created when the block is first anywhere, deleted when no tier has it any more: what a router should
-               believe. Its tier is where the block was first; moves between tiers are not told.
+               believe. All is told as of the device; its block id is the first copy's, and moves are not told.
 
 So a block that host memory evicts stays announced while the disk has it. Data-parallel ranks are apart from each other;
 groups and LoRA names belong to the block. Blocks are one if their hashes are; for engines, which hash in their own way,
@@ -29,7 +29,7 @@ from kvbm_jax.errors import BlockStateError
 from kvbm_jax.events.rows import EventRow, RowPublisher, rows_of
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
-from kvbm_jax.protocols import BlockKey, Clock, EventSink
+from kvbm_jax.protocols import BlockKey, Clock, EventSink, Tier
 
 __all__ = ["Consolidation", "Consolidator", "EventSource"]
 
@@ -212,7 +212,8 @@ class _Rank:
         place = self._told.setdefault(self._place(row.tier), {})
         if row.key in place:
             return []
-        told = place[row.key] = row._replace(event_type=EventType.CREATED, from_tier=0, from_block_id=0)
+        tier = Tier.G1 if self._merged else row.tier
+        told = place[row.key] = row._replace(event_type=EventType.CREATED, tier=tier, from_tier=0, from_block_id=0)
         return [told]
 
     def _take(self, source: EventSource, row: EventRow, tier: int) -> list[EventRow]:

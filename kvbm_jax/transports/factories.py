@@ -1,17 +1,19 @@
 """The transports of this package as managers ask for them: by worker and address."""
 
+import urllib.parse
 from collections.abc import Callable
 
 from kvbm_jax.errors import ConfigError
-from kvbm_jax.events import KvEventBatch
+from kvbm_jax.events import KvEventBatch, ParentGate, Subscription
 from kvbm_jax.protocols import EventSink, MetricsSink
 
-__all__ = ["nats_sink", "replay_endpoint", "zmq_sink"]
+__all__ = ["nats_sink", "replay_endpoint", "zmq_sink", "zmq_source"]
 
 
 def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:
     """Publishes over ZeroMQ in the engines' language, by default at port 5557 of loopback.
 
+    Who reads that language may know a block by its parent: a block is announced when its parent is (`ParentGate`).
     Replays and snapshots are served at the next port, or for other addresses than TCP's at the same with `-replay`.
     """
     from kvbm_jax.transports.zmq_publisher import (  # noqa: PLC0415 (an extra)
@@ -23,7 +25,31 @@ def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink
         config = ZmqKvEventPublisherConfig(worker_id=worker_id)
     else:
         config = ZmqKvEventPublisherConfig(worker_id=worker_id, endpoint=url, replay_endpoint=replay_endpoint(url))
-    return ZmqKvEventPublisher(config, metrics=metrics)
+    return ParentGate(ZmqKvEventPublisher(config, metrics=metrics), worker_id=worker_id)
+
+
+def zmq_source(worker_id: str, url: str) -> Subscription:
+    """Subscribes to an engine's stream over ZeroMQ: `tcp://host:port`, or `ipc://path`.
+
+    Gaps are filled if the address says where replays are served, as `tcp://host:port?replay=tcp://host:port` does.
+
+    Raises:
+      ConfigError: The address asks for something else.
+      TransportError: It is none.
+    """
+    from kvbm_jax.transports.zmq_subscriber import (  # noqa: PLC0415 (an extra)
+        ZmqKvEventSubscriberConfig,
+        subscribe_zmq,
+    )
+
+    endpoint, _, query = url.partition("?")
+    asked = dict(urllib.parse.parse_qsl(query, keep_blank_values=True))
+    replay = asked.pop("replay", None)
+    if asked:
+        raise ConfigError(
+            f"{url!r} asks for {', '.join(sorted(asked))}; known is replay, such as ?replay=tcp://host:port"
+        )
+    return subscribe_zmq(ZmqKvEventSubscriberConfig(endpoint=endpoint, replay_endpoint=replay, worker_id=worker_id))
 
 
 def nats_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:

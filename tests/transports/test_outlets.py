@@ -1,12 +1,12 @@
 """Managers that publish beyond their process, as their configuration says."""
 
 import json
-import socket
 import threading
 
 import numpy as np
 import pytest
 from event_batches import View
+from event_transports import free_ports
 
 from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax.cli import main
@@ -30,19 +30,6 @@ def work(owner):
     seq = owner.start(np.arange(9))
     owner.register(seq)
     owner.release(seq)
-
-
-def free_ports():
-    """Two free ports, one after the other."""
-    while True:
-        with socket.socket() as first, socket.socket() as second:
-            first.bind(("127.0.0.1", 0))
-            port = first.getsockname()[1]
-            try:
-                second.bind(("127.0.0.1", port + 1))
-            except (OSError, OverflowError):
-                continue
-            return port
 
 
 @pytest.fixture
