@@ -12,15 +12,19 @@ __all__ = [
     "CacheLostError",
     "ConfigError",
     "EventDecodeError",
+    "FrameError",
     "HashingError",
+    "IdentityMismatchError",
     "InvariantError",
     "KvbmError",
     "LayoutError",
     "MissingDependencyError",
     "OutOfBlocksError",
+    "PeerLostError",
     "QuotaExceededError",
     "SequenceTooLongError",
     "TraceError",
+    "TransferError",
     "TransportError",
     "UnreadableSegmentError",
 ]
@@ -76,6 +80,22 @@ class EventDecodeError(KvbmError, ValueError):
 
 class TransportError(KvbmError, ConnectionError):
     """A transport of events or a controller cannot be had: nobody there, credentials refused, an address taken."""
+
+
+class TransferError(KvbmError, ConnectionError):
+    """Blocks could not be moved between workers; the message says which part refused, and why."""
+
+
+class PeerLostError(TransferError):
+    """A worker cannot be reached, or went away in the middle; what it was to send is a miss."""
+
+
+class FrameError(TransferError, ValueError):
+    """Bytes on a connection between workers that are no frame of its protocol; the connection is closed."""
+
+
+class IdentityMismatchError(KvbmError, ValueError):
+    """A peer's blocks are of another model or layout; the message has both fingerprints and what differs."""
 
 
 class TraceError(KvbmError, ValueError):

@@ -26,6 +26,10 @@ __all__ = [
     "StoreStats",
     "BlockStore",
     "OffloadPolicy",
+    "Slots",
+    "TransferEngine",
+    "WorkerRecord",
+    "Discovery",
     "EventSink",
     "RequestObserver",
     "MetricsSink",
@@ -208,6 +212,130 @@ class OffloadPolicy(Protocol):
 
     def select(self, records: Sequence[BlockRecord]) -> Sequence[bool]:
         """Tells for each block, in order of eviction, whether it is offered. The serving thread calls it."""
+        ...
+
+
+class Slots(NamedTuple):
+    """Equal pieces of registered memory, counted from 0: what both ends of a transfer speak of.
+
+    Slot `i` begins `i * stride` bytes into the memory; what moves are `nbytes` bytes from `offset` within it.
+    """
+
+    region: int  # names the memory to the engine that registered it
+    stride: int  # bytes from one slot to the next
+    offset: int  # bytes into each slot
+    nbytes: int  # bytes of a slot that move
+    count: int  # slots
+
+    def part(self, offset: int, nbytes: int) -> "Slots":
+        """Returns the same slots, of each of which only `nbytes` bytes from `offset` on move."""
+        return self._replace(offset=self.offset + offset, nbytes=nbytes)
+
+
+class TransferEngine(Protocol):
+    """Moves bytes between registered memory of this process and of others, without either's Python in between.
+
+    Both ends register memory as slots; a description travels to the peer by whatever way has authenticated it,
+    and after `connect` slots are read and written by number, many at once. Calls may come from any thread and
+    return at once with a future. Until it is done the slots named belong to the transfer, *also after a
+    time-out*: the bytes may still be on their way. It raises `PeerLostError` if the peer went away, and
+    `TransferError` for all else; an engine that is closed raises `BlockStateError`.
+    """
+
+    @property
+    def name(self) -> str:
+        """What kind it is, `nixl` for example: both ends must be of one kind."""
+        ...
+
+    def register(self, slots: NDArray[np.uint8]) -> Slots:
+        """Makes memory known; it stays where it is, and alive, until `close`.
+
+        Args:
+          slots: `uint8[N, P]`, rows contiguous and equally far apart.
+        """
+        ...
+
+    def description(self) -> bytes:
+        """Returns what a peer needs for `connect`, of all that is registered by now; opaque."""
+        ...
+
+    def connect(self, description: bytes) -> str:
+        """Makes a peer known by its description, and returns what it is called from now on."""
+        ...
+
+    def forget(self, peer: str) -> None:
+        """Lets go of a peer; transfers under way with it fail or finish. Not an error if it is unknown."""
+        ...
+
+    def read(
+        self,
+        peer: str,
+        source: Slots,
+        source_ids: NDArray[np.int32],
+        target: Slots,
+        target_ids: NDArray[np.int32],
+        notice: bytes = b"",
+    ) -> StoreFuture[None]:
+        """Copies slots of a peer here, as one batch.
+
+        Args:
+          peer: As `connect` called it.
+          source: The peer's slots.
+          source_ids: Which of them, `int32[n]`.
+          target: Slots of this process, of as many bytes.
+          target_ids: Where each goes, `int32[n]`.
+          notice: If not empty, the peer finds it in its `notices` once all has been read.
+        """
+        ...
+
+    def write(
+        self,
+        peer: str,
+        source: Slots,
+        source_ids: NDArray[np.int32],
+        target: Slots,
+        target_ids: NDArray[np.int32],
+        notice: bytes = b"",
+    ) -> StoreFuture[None]:
+        """Copies slots of this process into a peer's, as one batch; the peer has all of it when it has the notice."""
+        ...
+
+    def notices(self) -> list[tuple[str, bytes]]:
+        """Returns what peers have said since the last call, each with the name of the peer's engine."""
+        ...
+
+    def close(self) -> None:
+        """Waits for what is under way, for a while, and lets go of memory and peers. Idempotent."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRecord:
+    """How a worker is found: nothing in it is secret, and nothing in it is believed before it has been shown."""
+
+    worker_id: str
+    address: str  # where it serves its blocks, such as tcp://127.0.0.1:5000
+    fingerprint: bytes  # of the identity of its cache, 16 bytes
+    started_ns: int  # when it began, Unix ns: tells one life of a worker from the next
+
+
+class Discovery(Protocol):
+    """Who is there. What each holds is told by its events, not here."""
+
+    def announce(self, record: WorkerRecord) -> None:
+        """Makes a worker known, and keeps it so until `withdraw` or `close`; a process that dies is soon forgotten."""
+        ...
+
+    def withdraw(self) -> None:
+        """Takes back what `announce` said. Not an error if nothing was announced."""
+        ...
+
+    def workers(self) -> dict[str, WorkerRecord]:
+        """Returns who is there, by `worker_id`, itself included; at once, from this process's own memory."""
+        ...
+
+    def close(self) -> None:
+        """Withdraws, and stops looking. Idempotent."""
         ...
 
 
