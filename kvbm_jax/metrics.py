@@ -44,6 +44,7 @@ class Metric:
 
 _SECONDS = (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 1.0)
 _EDGE = ("source", "target")
+_ENGINE = ("engine", "operation")
 METRICS: dict[str, Metric] = {
     metric.name: metric
     for metric in (
@@ -67,6 +68,13 @@ METRICS: dict[str, Metric] = {
         Metric("kvbm_transfer_in_flight_bytes", MetricKind.GAUGE, "staging memory in use"),
         Metric("kvbm_transfer_queue_depth", MetricKind.GAUGE, "batches waiting for the offload worker"),
         Metric("kvbm_offload_dropped_blocks_total", MetricKind.COUNTER, "evicted blocks lost to backpressure"),
+        Metric("kvbm_engine_bytes_total", MetricKind.COUNTER, "bytes read from peers or written to them", _ENGINE),
+        Metric("kvbm_engine_requests_total", MetricKind.COUNTER, "batches read from peers or written to them", _ENGINE),
+        Metric("kvbm_engine_failures_total", MetricKind.COUNTER, "of these, batches that failed", (*_ENGINE, "reason")),
+        Metric("kvbm_engine_seconds", MetricKind.HISTOGRAM, "time of one batch, waiting included", _ENGINE, _SECONDS),
+        Metric("kvbm_peer_quarantines_total", MetricKind.COUNTER, "peers shut out for wrong bytes"),
+        Metric("kvbm_leased_blocks", MetricKind.GAUGE, "host blocks that peers are reading"),
+        Metric("kvbm_leases_expired_total", MetricKind.COUNTER, "leases that peers did not give back in time"),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
         Metric(
             "kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber or a network too slow"

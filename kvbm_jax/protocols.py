@@ -215,7 +215,8 @@ class OffloadPolicy(Protocol):
         ...
 
 
-class Slots(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slots:
     """Equal pieces of registered memory, counted from 0: what both ends of a transfer speak of.
 
     Slot `i` begins `i * stride` bytes into the memory; what moves are `nbytes` bytes from `offset` within it.
@@ -229,7 +230,7 @@ class Slots(NamedTuple):
 
     def part(self, offset: int, nbytes: int) -> "Slots":
         """Returns the same slots, of each of which only `nbytes` bytes from `offset` on move."""
-        return self._replace(offset=self.offset + offset, nbytes=nbytes)
+        return Slots(self.region, self.stride, self.offset + offset, nbytes, self.count)
 
 
 class TransferEngine(Protocol):

@@ -92,7 +92,19 @@ FLOORS = {
 }
 FLOOR_OF = {name: floor for floor, names in FLOORS.items() for name in names}
 IMPURE = {"asyncio", "concurrent", "io", "logging", "os", "pathlib", "socket", "threading", "time"}
-OPTIONAL = {"opentelemetry", "flax", "google", "matplotlib", "nats", "nixl", "orbax", "prometheus_client", "zmq"}
+OPTIONAL = {
+    "opentelemetry",
+    "flax",
+    "google",
+    "matplotlib",
+    "nats",
+    "nixl",
+    "nixl_cu12",
+    "nixl_cu13",
+    "orbax",
+    "prometheus_client",
+    "zmq",
+}
 FILES = sorted(PACKAGE.rglob("*.py"))
 
 
