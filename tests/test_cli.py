@@ -201,6 +201,8 @@ def test_doctor(capsys):
     assert found["packages"]["jax"]
     assert {"flax", "orbax", "nixl", "nats", "zmq", "prometheus"} <= set(found["packages"])
     assert found["devices"][0]["platform"] == "cpu"
+    assert found["transfer_engines"]["tcp"] == []
+    assert found["packages"]["nixl"] is None or "UCX" in found["transfer_engines"]["nixl"]
     _, out, _ = call(capsys, "doctor")
     assert "all fine" in out
 

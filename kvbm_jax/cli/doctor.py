@@ -1,7 +1,8 @@
 """`kvbm-jax doctor`: what is installed and works on this machine.
 
 Packages are looked up by their metadata and not imported, so the answer is the same whether or not they would
-import; devices are asked from JAX. A check that fails is a problem in words, and exit status 1.
+import; devices are asked from JAX, and NIXL, where it is installed, is started and stopped. A check that fails is a
+problem in words, and exit status 1.
 """
 
 import argparse
@@ -48,12 +49,15 @@ def run(args: argparse.Namespace) -> Report:
     packages = {name: _version(distributions) for name, (distributions, _) in _PACKAGES.items()}
     devices, problems = _devices()
     problems += _hash_problems()
+    engines, engine_problems = _engines()
+    problems += engine_problems
     data: dict[str, Any] = {
         "kvbm_jax": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": packages,
         "devices": devices,
+        "transfer_engines": engines,
         "problems": problems,
         "ok": not problems,
     }
@@ -63,6 +67,7 @@ def run(args: argparse.Namespace) -> Report:
         absent = f"absent; comes with kvbm-jax[{extra}]" if extra else "absent"
         rows.append((name, version or absent))
     rows += [(f"device {d['platform']}:{d['id']}", d["kind"]) for d in devices]
+    rows += [(f"transfers over {name}", ", ".join(backends) or "works") for name, backends in engines.items()]
     rows += [("problem", problem) for problem in problems] or [("checks", "all fine")]
     return Report(data, table(rows), status=1 if problems else 0)
 
@@ -103,3 +108,20 @@ def _hash_problems() -> list[str]:
     tokens, expected = _HASH_CHECK
     found = int(block_hash(tokens))
     return [] if found == expected else [f"xxh3_64 of {tokens} is {found}, must be {expected}: xxhash is broken"]
+
+
+def _engines() -> tuple[dict[str, list[str]], list[str]]:
+    """The transfer engines that start here, each with the back ends it could use, and what is wrong with them."""
+    from kvbm_jax.errors import KvbmError, MissingDependencyError  # noqa: PLC0415 (what is above may be broken)
+
+    found: dict[str, list[str]] = {"tcp": []}
+    try:
+        from kvbm_jax.transfer.nixl import NixlEngine, available_backends  # noqa: PLC0415 (an extra)
+
+        NixlEngine().close()
+        found["nixl"] = available_backends()
+    except MissingDependencyError:  # the list of packages says so
+        return found, []
+    except KvbmError as error:
+        return found, [str(error)]
+    return found, []
