@@ -3,7 +3,7 @@
 Before the loop the owner reserves reset blocks, evicting as needed, so that victims can be saved first. Inside,
 `extend` only pops blocks from the grant; an empty grant refuses. Afterwards `commit` registers what was completed,
 with hashes computed on the host from the tokens produced, and gives back what is left. The pool does not enter the
-loop at all.
+loop at all. With drafts that may be rejected, `advance` takes the place of `extend`: it gives back, too.
 
     state, reserved = reserve(state, count, max_blocks=K)            evicts
     lax.scan:  sequences, grant, status = extend(sequences, grant, num_tokens)
@@ -19,9 +19,10 @@ import jax
 import jax.numpy as jnp
 
 from kvbm_jax import pool, sequences
+from kvbm_jax.padding import CLIP, DROP, FILL
 from kvbm_jax.types import Status
 
-__all__ = ["Grant", "ReserveResult", "commit", "extend", "give_back", "reserve"]
+__all__ = ["Grant", "ReserveResult", "advance", "commit", "extend", "give_back", "reserve"]
 
 
 @jax.tree_util.register_dataclass
@@ -95,6 +96,75 @@ def extend(
     return (
         replace(appended, lengths=jnp.where(granted, lengths, running.lengths)),
         replace(grant, used=grant.used + jnp.max(jnp.where(granted, ends, 0))),
+        status.astype(jnp.int32),
+    )
+
+
+def advance(
+    running: sequences.SequenceBatch,
+    grant: Grant,
+    lengths: jax.Array,
+    num_tokens: jax.Array,
+    begun: jax.Array,
+    *,
+    max_blocks: int = 1,
+) -> tuple[sequences.SequenceBatch, Grant, jax.Array]:
+    """Sets each row to the tokens that were accepted and makes room for the next ones: a step of speculative decoding.
+
+    First the rows that need fewer blocks than they hold give the rest back to the grant, then the others draw on it,
+    in row order, until the first row that it cannot serve.
+
+    Args:
+      running: the sequences.
+      grant: the blocks set aside.
+      lengths: i32[B], tokens of each row that stay, at most as many as it has.
+      num_tokens: i32[B], new tokens of each row.
+      begun: i32[B], tokens of each row when the grant was reserved; what they take is not given back.
+      max_blocks: static bound of the blocks that a row takes or gives back in one group.
+
+    Returns:
+      Sequences, grant, and i32[B] status (OUT_OF_BLOCKS, TABLE_FULL, INVALID_COUNT). A row for which there is no room
+      has `lengths` tokens; one whose numbers are out of range, or whose blocks change by more than `max_blocks`, is
+      left as it is.
+    """
+    groups, batch, width = running.block_tables.shape
+    held = running.num_blocks
+    target = lengths + num_tokens
+    needed = sequences.blocks_for(target, running.block_size)
+    wide = needed <= width
+    valid = wide & (num_tokens >= 0) & (begun <= lengths) & (lengths <= running.lengths)
+    valid &= jnp.abs(needed - held) <= max_blocks
+    change = jnp.where(valid, needed - held, 0)
+    back, fresh = jnp.maximum(-change, 0), jnp.maximum(change, 0)
+
+    group = jnp.arange(groups, dtype=jnp.int32)[:, None, None]
+    row = jnp.arange(batch, dtype=jnp.int32)[None, :, None]
+    nth = jnp.arange(max_blocks, dtype=jnp.int32)[None, None, :]
+    leaving = nth < back[None, :, None]
+    place = jnp.where(leaving, held[None, :, None] - 1 - nth, width)
+    blocks = running.block_tables.at[group, row, place].get(**FILL, fill_value=running.pool_blocks)
+    ends = jnp.cumsum(groups * back, dtype=jnp.int32)
+    top = (grant.used - (ends - groups * back))[None, :, None]
+    position = jnp.where(leaving, top - 1 - group * back[None, :, None] - nth, grant.block_ids.shape[0])
+    block_ids = grant.block_ids.at[position].set(blocks, **DROP)
+    used = grant.used - ends[-1]
+    trimmed = replace(
+        running,
+        block_tables=running.block_tables.at[group, row, place].set(running.pool_blocks, **DROP),
+        num_blocks=held - back,
+    )
+
+    ends = jnp.cumsum(groups * fresh, dtype=jnp.int32)
+    fits = used + ends <= grant.count
+    granted = valid & fits
+    first = (used + ends - groups * fresh)[:, None, None] + group.transpose(1, 0, 2) * fresh[:, None, None]
+    drawn = block_ids.at[first + nth].get(**CLIP)
+    appended = sequences.append(trimmed, drawn, jnp.where(granted, fresh, 0))
+    status = jnp.where(fits, Status.OK, Status.OUT_OF_BLOCKS)
+    status = jnp.where(valid, status, jnp.where(wide, Status.INVALID_COUNT, Status.TABLE_FULL))
+    return (
+        replace(appended, lengths=jnp.where(valid, jnp.where(granted, target, lengths), running.lengths)),
+        replace(grant, block_ids=block_ids, used=used + jnp.max(jnp.where(granted, ends, 0))),
         status.astype(jnp.int32),
     )
 

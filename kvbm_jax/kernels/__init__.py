@@ -12,7 +12,8 @@ a whole cache.
     scatter_blocks  the other way
     copy_blocks     blocks within a cache
     permute_blocks  a whole cache to another kind of layout
-    paged_attention
+    paged_attention attention through block tables
+    advance         blocks of a decode step in a compiled loop, given back and taken
 
 To add a kernel: write the truth; give its folder a module named after the implementation, with a function of the same
 name and parameters and `refusal`; name it in the folder's `OPERATION`. The suite in `tests/kernels` then runs it.
@@ -24,6 +25,8 @@ call, B sequences, L layers.
 from types import MappingProxyType
 from typing import Any
 
+from kvbm_jax.kernels.advance import OPERATION as _ADVANCE
+from kvbm_jax.kernels.advance import advance
 from kvbm_jax.kernels.copy_blocks import OPERATION as _COPY_BLOCKS
 from kvbm_jax.kernels.copy_blocks import copy_blocks
 from kvbm_jax.kernels.dispatch import Operation
@@ -42,6 +45,7 @@ from kvbm_jax.kernels.store_kv import store_kv
 
 __all__ = [
     "OPERATIONS",
+    "advance",
     "copy_blocks",
     "gather_blocks",
     "load_kv",
@@ -55,6 +59,7 @@ OPERATIONS: MappingProxyType[str, Operation[Any, Any]] = MappingProxyType(
     {
         operation.name: operation
         for operation in (
+            _ADVANCE,
             _COPY_BLOCKS,
             _GATHER_BLOCKS,
             _LOAD_KV,
