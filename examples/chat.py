@@ -8,10 +8,11 @@ differs.
 
     uv run examples/chat.py
     uv run examples/chat.py --prompt "Why is the sky blue?" --offload-path cache
-    uv run examples/chat.py --interactive
+    uv run examples/chat.py --interactive --metrics-port 9464
 """
 
 import argparse
+import contextlib
 import dataclasses
 import json
 import sys
@@ -27,6 +28,8 @@ from smollm2 import Sampler, StreamDecoder, find_model, load_model, load_tokeniz
 from smollm2.engine import Completion, Engine
 
 from kvbm_jax.errors import ConfigError, KvbmError
+from kvbm_jax.metrics import InMemoryMetrics, NullMetrics
+from kvbm_jax.protocols import MetricsSink
 
 _HANDBOOK = Path(__file__).parent / "data" / "handbook.txt"
 _SYSTEM = (
@@ -50,14 +53,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.raw and args.prompt is None:
         parser.error("--raw goes with --prompt")
     try:
-        chat = _Chat(args)
-        if args.restarted is not None:
-            return chat.restarted(args.restarted)
-        if args.interactive:
-            return chat.interactive()
-        if args.prompt is not None:
-            return chat.once(args.prompt)
-        return chat.scripted()
+        with _served(args) as metrics:
+            chat = _Chat(args, metrics)
+            if args.restarted is not None:
+                return chat.restarted(args.restarted)
+            if args.interactive:
+                return chat.interactive()
+            if args.prompt is not None:
+                return chat.once(args.prompt)
+            return chat.scripted()
     except KvbmError as error:
         print(f"chat.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -66,8 +70,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 class _Chat:
     """The three ways to talk."""
 
-    def __init__(self, args: argparse.Namespace) -> None:
+    def __init__(self, args: argparse.Namespace, metrics: MetricsSink) -> None:
         self._args = args
+        self._metrics = metrics
         self._sampler = Sampler(args.temperature, args.top_p)
         self._tokenizer = load_tokenizer()
         begun = time.perf_counter()
@@ -186,6 +191,7 @@ class _Chat:
             dtype=args.dtype,
             sampler=self._sampler,
             tiers=tiers,
+            metrics=self._metrics,
         )
         _tell(args, f"compiled in {engine.compile_seconds:.1f} s")
         return engine
@@ -288,6 +294,20 @@ class _Row:
         }
 
 
+@contextlib.contextmanager
+def _served(args: argparse.Namespace) -> Iterator[MetricsSink]:
+    """Where managers measure: for a Prometheus server that collects it meanwhile, if a port is given."""
+    if args.metrics_port is None:
+        yield NullMetrics()
+        return
+    from kvbm_jax.monitoring.prometheus import PrometheusEndpoint  # noqa: PLC0415 (an extra)
+
+    metrics = InMemoryMetrics()
+    with PrometheusEndpoint(metrics, port=args.metrics_port) as endpoint:
+        _tell(args, f"metrics at {endpoint.url}")
+        yield metrics
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="chat.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -313,6 +333,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--restarted", metavar="RUN", help=argparse.SUPPRESS)
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), default="float32", help="of weights and cache"
+    )
+    parser.add_argument(
+        "--metrics-port", type=at_least(0), metavar="PORT", help="serve Prometheus metrics there while it runs; 0: any"
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object on the last line of stdout")
     return parser

@@ -22,7 +22,7 @@ from flax import nnx
 import kvbm_jax
 from kvbm_jax import BlockManager, KvBlockManagerConfig, KVCache, SequenceBatch, Status, grants
 from kvbm_jax.errors import CacheLostError, ConfigError, SequenceTooLongError
-from kvbm_jax.protocols import Tier
+from kvbm_jax.protocols import MetricsSink, Tier
 from smollm2.model import Llama
 from smollm2.sampling import Sampler
 
@@ -70,6 +70,7 @@ class Engine:
       sampler: how the next token is chosen.
       chunks: sizes in tokens that prefill is cut into, rising; one program is compiled for each.
       tiers: keys of `KvBlockManagerConfig` for the tiers below the device.
+      metrics: where the manager's measurements go; None = nowhere.
 
     Raises:
       ConfigError: if a size is out of range.
@@ -86,6 +87,7 @@ class Engine:
         sampler: Sampler | None = None,
         chunks: Sequence[int] = (16, 32, 48, 64, 128, 256, 512),
         tiers: Mapping[str, Any] | None = None,
+        metrics: MetricsSink | None = None,
     ) -> None:
         self._sampler = Sampler() if sampler is None else sampler
         self._context = model.config.context_length
@@ -103,6 +105,7 @@ class Engine:
             ),
             max_sequences=max_sequences,
             max_sequence_tokens=self._context,
+            metrics=metrics,
         )
         begun = time.perf_counter()
         self._grant_blocks = max_sequences * (_DECODE_STEPS // block_size + 2)

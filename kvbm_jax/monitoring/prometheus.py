@@ -93,8 +93,9 @@ class PrometheusEndpoint(Closing):
         registry.register(PrometheusCollector(metrics, legacy_metric_names=legacy_metric_names))
         try:
             self._server, self._thread = prometheus_client.start_http_server(port, host, registry)
-        except OSError as error:
-            raise TransportError(f"metrics cannot be served at {host}:{port}: {error.strerror}") from error
+        except (OSError, OverflowError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise TransportError(f"metrics cannot be served at {host}:{port}: {reason}") from error
         self.url = f"http://{host}:{self._server.server_port}/metrics"
 
     def close(self) -> None:

