@@ -17,9 +17,9 @@ from kvbm_jax.monitoring import dashboard
 from tests.tiered import HOST, make, prompt, serve, settle
 
 prometheus_client = pytest.importorskip("prometheus_client")
-import prometheus_client.openmetrics.exposition  # noqa: E402
-import prometheus_client.openmetrics.parser  # noqa: E402
-from prometheus_client import openmetrics, parser  # noqa: E402
+from prometheus_client import parser  # noqa: E402
+from prometheus_client.openmetrics import exposition as openmetrics  # noqa: E402
+from prometheus_client.openmetrics import parser as openmetrics_parser  # noqa: E402
 
 from kvbm_jax.monitoring.prometheus import PrometheusCollector, PrometheusEndpoint  # noqa: E402
 
@@ -103,8 +103,8 @@ def test_who_asks_for_openmetrics_reads_the_same():
     metrics.count("kvbm_eviction_count_total", 3)
     registry = prometheus_client.CollectorRegistry()
     registry.register(PrometheusCollector(metrics, legacy_metric_names=True))
-    text = openmetrics.exposition.generate_latest(registry).decode()
-    families = {family.name: family for family in openmetrics.parser.text_string_to_metric_families(text)}
+    text = openmetrics.generate_latest(registry).decode()
+    families = {family.name: family for family in openmetrics_parser.text_string_to_metric_families(text)}
     assert families.keys() == {family_name(name) for name in METRICS} | {"kvbm_allocation_latency"}
     [sample] = families["kvbm_eviction_count"].samples
     assert (sample.name, sample.value) == ("kvbm_eviction_count_total", 3)
