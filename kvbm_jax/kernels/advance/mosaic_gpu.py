@@ -8,6 +8,9 @@ reductions; only rows whose blocks change, of which each warpgroup has its share
     take           tables <- grant[used + ...]            rows that grow; the first that does not fit is noted
     -- barrier --  the first of all warpgroups is known
     tell           lengths, counts, status                as vectors, by the first warpgroup
+
+The threads of a warpgroup do the same scalar work, not in step: no phase writes what it reads, and so the places that
+rows give up are padded in the second.
 """
 
 from dataclasses import replace
@@ -85,7 +88,6 @@ def advance(
                         @pl.when(j < -change_r)
                         def push(g: int = g, j: int = j) -> None:
                             grant_ids[top + g * change_r - j] = tables[g, r, held_r - 1 - j]
-                            tables[g, r, held_r - 1 - j] = jnp.int32(padding)
 
         lax.fori_loop(0, padded // _WARPGROUPS, give_back, None)
         plgpu.barrier_arrive(barrier)
@@ -96,6 +98,15 @@ def advance(
             end = after_return + groups * jnp.sum(jnp.where(row <= r, fresh, 0))
             grows = change_r > 0
             fits = end <= count
+
+            @pl.when(change_r < 0)
+            def clear() -> None:
+                for g in range(groups):
+                    for j in range(max_blocks):
+
+                        @pl.when(j < -change_r)
+                        def pad(g: int = g, j: int = j) -> None:
+                            tables[g, r, held_r - 1 - j] = jnp.int32(padding)
 
             @pl.when(grows & fits)
             def grow() -> None:
