@@ -1,0 +1,246 @@
+"""The kernels' cases: one list, which is lowered, compiled for an H100, checked and timed.
+
+A case is a call of an operation of `kvbm_jax.kernels` on a cache of some shape. Contents are small integers, which every
+dtype holds exactly. One id of each call is past the end.
+
+Axes: L layers, N blocks, C components, T tokens of a block, H kv heads, D head dim, S tokens of a call, M blocks of a
+call.
+"""
+
+import dataclasses
+import functools
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from kvbm_jax import cache as kv
+from kvbm_jax import kernels
+from kvbm_jax.kernels.dispatch import Implementation
+from kvbm_jax.layout import KVLayout, LayoutKind
+
+type Arguments = tuple[Any, ...]
+
+SEPARATE, STACKED, CONTIGUOUS, UNIVERSAL = LayoutKind
+RUNS = (CONTIGUOUS, UNIVERSAL)
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of an operation.
+
+    Attributes:
+      operation: its name.
+      about: what sets the case apart from the operation's others.
+      unit_bytes: what lies in one run on both sides, by which a kernel's config is chosen.
+      must_move: bytes that have to be read, and those that have to be written.
+      layer_bytes: of one layer of the cache.
+      call: the operation, of `implementation=` and of the arguments.
+      arguments: random ones, of a key; may be traced.
+      donated: numbers of the arguments that are updated in place.
+    """
+
+    operation: str
+    about: str
+    unit_bytes: int
+    must_move: int
+    layer_bytes: int
+    call: Callable[..., Any]
+    arguments: Callable[[jax.Array], Arguments]
+    donated: tuple[int, ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Of the case, unlike any other's."""
+        return f"{self.operation}, {self.about}"
+
+    @property
+    def shapes(self) -> Arguments:
+        """Of the arguments."""
+        key = jax.eval_shape(lambda: jax.random.key(0))
+        shapes: Arguments = jax.eval_shape(self.arguments, key)
+        return shapes
+
+    def function(self, implementation: Implementation | None) -> Callable[..., Any]:
+        """The call by one implementation, a function of the arguments; not jitted."""
+        return functools.partial(self.call, implementation)
+
+
+@dataclasses.dataclass(frozen=True)
+class Scale:
+    """How large cases are."""
+
+    num_layers: int  # L
+    num_blocks: int  # N
+    tokens: int  # S
+    blocks: int  # M
+    shapes: dict[str, dict[str, Any]]  # fields of a layout by name; the first is tried with all kinds of cache
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "gqa": {"block_size": 64, "num_kv_heads": 8, "head_dim": 128},
+    "mla": {"block_size": 64, "num_kv_heads": 1, "head_dim": 576, "components": 1},
+    "d80": {"block_size": 16, "num_kv_heads": 8, "head_dim": 80},
+    "fp8": {"block_size": 64, "num_kv_heads": 8, "head_dim": 128, "dtype": "float8_e4m3fn"},
+}
+FULL = Scale(2, 4096, tokens=256, blocks=256, shapes=SHAPES)
+TINY = Scale(2, 8, tokens=8, blocks=4, shapes={"tiny": {"block_size": 8, "num_kv_heads": 2, "head_dim": 32}})
+
+
+def all_cases(scale: Scale) -> list[Case]:
+    """Every operation on every shape; all kinds of cache for the first shape."""
+    return [
+        case
+        for index, (shape, fields) in enumerate(scale.shapes.items())
+        for case in _of_shape(scale, shape, KVLayout(scale.num_layers, scale.num_blocks, **fields), every=index == 0)
+    ]
+
+
+def _of_shape(scale: Scale, shape: str, layout: KVLayout, *, every: bool) -> Iterator[Case]:
+    yield from _rows(shape, layout, scale.tokens)
+    for own in (SEPARATE, STACKED) if every else ():
+        yield _store_in_all_layers(shape, layout.with_kind(own), scale.tokens)
+    kinds = tuple(LayoutKind) if every else (SEPARATE,)
+    for own in kinds:
+        cache = layout.with_kind(own)
+        for run in RUNS:
+            yield from _between(shape, cache, scale.blocks, run)
+        for disjoint in (True, False):
+            yield _copy(shape, cache, scale.blocks, disjoint=disjoint)
+    pairs = itertools.permutations(kinds, 2) if every else ((SEPARATE, UNIVERSAL), (UNIVERSAL, SEPARATE))
+    for own, other in pairs:
+        yield _permute(shape, layout.with_kind(own), other)
+
+
+def _rows(shape: str, layout: KVLayout, tokens: int) -> Iterator[Case]:
+    row = layout.num_kv_heads * layout.head_dim
+    sizes = {
+        "unit_bytes": row * layout.itemsize,
+        "must_move": 2 * tokens * layout.components * row * layout.itemsize,
+        "layer_bytes": layer_bytes(layout),
+    }
+
+    def given(key: jax.Array) -> Arguments:
+        keys = jax.random.split(key, layout.components + 2)
+        parts = tuple(values(key, (tokens, layout.num_kv_heads, layout.head_dim), layout.dtype) for key in keys[2:])
+        return values(keys[0], layout.array_shape, layout.dtype), parts, distinct(keys[1], layout.num_slots, tokens)
+
+    def store(implementation: Implementation | None, array: Any, parts: Any, slots: Any) -> Any:
+        return kernels.store_kv(array, parts, slots, implementation=implementation)
+
+    def load(implementation: Implementation | None, array: Any, slots: Any) -> Any:
+        return kernels.load_kv(array, slots, implementation=implementation)
+
+    yield Case("store_kv", shape, call=store, arguments=given, donated=(0,), **sizes)
+    yield Case("load_kv", shape, call=load, arguments=lambda key: given(key)[::2], **sizes)
+
+
+def _store_in_all_layers(shape: str, layout: KVLayout, tokens: int) -> Case:
+    """As a model does it: one program, a store for each layer of a cache."""
+    token = layout.num_kv_heads * layout.head_dim * layout.itemsize
+
+    def given(key: jax.Array) -> Arguments:
+        keys = jax.random.split(key, 4)
+        rows = (values(key, (tokens, layout.num_kv_heads, layout.head_dim), layout.dtype) for key in keys[2:])
+        return kv.KVCache(cache_of(keys[0], layout), layout), *rows, distinct(keys[1], layout.num_slots, tokens)
+
+    def store(implementation: Implementation | None, cache: kv.KVCache, keys: Any, rows: Any, slots: Any) -> Any:
+        for layer in range(layout.num_layers):
+            cache = kv.store_kv(cache, layer, keys, rows, slots, implementation=implementation)
+        return cache
+
+    moved = 2 * tokens * layout.num_layers * layout.components * token
+    about = f"{shape}, all of {layout.kind}"
+    return Case("store_kv", about, token, moved, layer_bytes(layout), call=store, arguments=given, donated=(0,))
+
+
+def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Iterator[Case]:
+    """Gather and scatter of blocks, from and to an array of runs."""
+    staging = layout.staging(count, run)
+    sizes = {
+        "unit_bytes": unit_bytes(layout, staging),
+        "must_move": 2 * staging.total_bytes,
+        "layer_bytes": layer_bytes(layout),
+    }
+
+    def given(key: jax.Array) -> Arguments:
+        keys = jax.random.split(key, 3)
+        blocks = values(keys[2], staging.array_shape, layout.dtype)
+        return cache_of(keys[0], layout), distinct(keys[1], layout.num_blocks, count), blocks
+
+    def gather(implementation: Implementation | None, arrays: Any, ids: Any, out: Any) -> Any:
+        return kernels.gather_blocks(arrays, layout, ids, kind=run, out=out, implementation=implementation)
+
+    def scatter(implementation: Implementation | None, arrays: Any, ids: Any, blocks: Any) -> Any:
+        return kernels.scatter_blocks(arrays, layout, ids, blocks, kind=run, implementation=implementation)
+
+    there, back = f"{shape}, {layout.kind} to {run}", f"{shape}, {run} to {layout.kind}"
+    yield Case("gather_blocks", there, call=gather, arguments=given, donated=(2,), **sizes)
+    yield Case("scatter_blocks", back, call=scatter, arguments=given, donated=(0,), **sizes)
+
+
+def _copy(shape: str, layout: KVLayout, count: int, *, disjoint: bool) -> Case:
+    def given(key: jax.Array) -> Arguments:
+        keys = jax.random.split(key)
+        ids = distinct(keys[1], layout.num_blocks, 2 * count)
+        return cache_of(keys[0], layout), ids[:count], ids[count:] if disjoint else jnp.roll(ids[:count], 1)
+
+    def copy(implementation: Implementation | None, arrays: Any, sources: Any, targets: Any) -> Any:
+        return kernels.copy_blocks(arrays, layout, sources, targets, disjoint=disjoint, implementation=implementation)
+
+    return Case(
+        "copy_blocks",
+        f"{shape}, {layout.kind}, {'disjoint' if disjoint else 'any'}",
+        unit_bytes(layout, layout),
+        2 * count * layout.block_bytes,
+        layer_bytes(layout),
+        call=copy,
+        arguments=given,
+        donated=(0,),
+    )
+
+
+def _permute(shape: str, layout: KVLayout, kind: LayoutKind) -> Case:
+    def permute(implementation: Implementation | None, arrays: Any) -> Any:
+        return kernels.permute_blocks(arrays, layout, kind, implementation=implementation)
+
+    return Case(
+        "permute_blocks",
+        f"{shape}, {layout.kind} to {kind}",
+        unit_bytes(layout, layout.with_kind(kind)),
+        2 * layout.total_bytes,
+        layer_bytes(layout),
+        call=permute,
+        arguments=lambda key: (cache_of(key, layout),),
+    )
+
+
+def values(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Small integers, as numbers of a dtype."""
+    return jax.random.randint(key, shape, -8, 8, jnp.int8).astype(dtype)
+
+
+def cache_of(key: jax.Array, layout: KVLayout) -> tuple[jax.Array, ...]:
+    """The arrays of a cache."""
+    keys = jax.random.split(key, layout.num_arrays)
+    return tuple(values(key, layout.array_shape, layout.dtype) for key in keys)
+
+
+def distinct(key: jax.Array, limit: int, count: int) -> jax.Array:
+    """Numbers below a limit, i32[count], all different; the one in the middle is the limit itself."""
+    return jax.random.permutation(key, limit)[:count].astype(jnp.int32).at[count // 2].set(limit)
+
+
+def layer_bytes(layout: KVLayout) -> int:
+    """Bytes of one layer of a cache."""
+    return layout.total_bytes // layout.num_layers
+
+
+def unit_bytes(one: KVLayout, other: KVLayout) -> int:
+    """Bytes of a layer's block, or of a head of one of its components if only one side has heads outside."""
+    per_head = one.num_kv_heads > 1 and UNIVERSAL in (one.kind, other.kind)
+    heads = (1,) if per_head else (one.components, one.num_kv_heads)
+    return math.prod((one.block_size, one.head_dim, *heads)) * one.itemsize
