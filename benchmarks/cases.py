@@ -1,10 +1,10 @@
 """The kernels' cases: one list, which is lowered, compiled for an H100, checked and timed.
 
-A case is a call of an operation of `kvbm_jax.kernels` on a cache of some shape. Contents are small integers, which every
-dtype holds exactly. One id of each call is past the end.
+A case is a call of an operation of `kvbm_jax.kernels` on a cache of some shape. Contents are small integers, which
+every dtype holds exactly. One id of each call is past the end.
 
 Axes: L layers, N blocks, C components, T tokens of a block, H kv heads, D head dim, S tokens of a call, M blocks of a
-call.
+call, B rows of a batch, W width of a block table.
 """
 
 import dataclasses
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from kvbm_jax import cache as kv
-from kvbm_jax import kernels
+from kvbm_jax import grants, kernels, sequences
 from kvbm_jax.kernels.dispatch import Implementation
 from kvbm_jax.layout import KVLayout, LayoutKind
 
@@ -35,9 +35,9 @@ class Case:
     Attributes:
       operation: its name.
       about: what sets the case apart from the operation's others.
-      unit_bytes: what lies in one run on both sides, by which a kernel's config is chosen.
+      unit_bytes: what lies in one run on both sides, by which a kernel's config is chosen; 0 if it has none.
       must_move: bytes that have to be read, and those that have to be written.
-      layer_bytes: of one layer of the cache.
+      large_bytes: what no temporary may reach: the bytes of one layer of the cache.
       call: the operation, of `implementation=` and of the arguments.
       arguments: random ones, of a key; may be traced.
       donated: numbers of the arguments that are updated in place.
@@ -47,7 +47,7 @@ class Case:
     about: str
     unit_bytes: int
     must_move: int
-    layer_bytes: int
+    large_bytes: int
     call: Callable[..., Any]
     arguments: Callable[[jax.Array], Arguments]
     donated: tuple[int, ...] = ()
@@ -77,6 +77,7 @@ class Scale:
     num_blocks: int  # N
     tokens: int  # S
     blocks: int  # M
+    rows: int  # B
     shapes: dict[str, dict[str, Any]]  # fields of a layout by name; the first is tried with all kinds of cache
 
 
@@ -86,17 +87,18 @@ SHAPES: dict[str, dict[str, Any]] = {
     "d80": {"block_size": 16, "num_kv_heads": 8, "head_dim": 80},
     "fp8": {"block_size": 64, "num_kv_heads": 8, "head_dim": 128, "dtype": "float8_e4m3fn"},
 }
-FULL = Scale(2, 4096, tokens=256, blocks=256, shapes=SHAPES)
-TINY = Scale(2, 8, tokens=8, blocks=4, shapes={"tiny": {"block_size": 8, "num_kv_heads": 2, "head_dim": 32}})
+FULL = Scale(2, 4096, tokens=256, blocks=256, rows=256, shapes=SHAPES)
+TINY = Scale(2, 8, tokens=8, blocks=4, rows=8, shapes={"tiny": {"block_size": 8, "num_kv_heads": 2, "head_dim": 32}})
 
 
 def all_cases(scale: Scale) -> list[Case]:
     """Every operation on every shape; all kinds of cache for the first shape."""
-    return [
+    moves = [
         case
         for index, (shape, fields) in enumerate(scale.shapes.items())
         for case in _of_shape(scale, shape, KVLayout(scale.num_layers, scale.num_blocks, **fields), every=index == 0)
     ]
+    return [*moves, _advance(scale.rows)]
 
 
 def _of_shape(scale: Scale, shape: str, layout: KVLayout, *, every: bool) -> Iterator[Case]:
@@ -120,7 +122,7 @@ def _rows(shape: str, layout: KVLayout, tokens: int) -> Iterator[Case]:
     sizes = {
         "unit_bytes": row * layout.itemsize,
         "must_move": 2 * tokens * layout.components * row * layout.itemsize,
-        "layer_bytes": layer_bytes(layout),
+        "large_bytes": layer_bytes(layout),
     }
 
     def given(key: jax.Array) -> Arguments:
@@ -163,7 +165,7 @@ def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Itera
     sizes = {
         "unit_bytes": unit_bytes(layout, staging),
         "must_move": 2 * staging.total_bytes,
-        "layer_bytes": layer_bytes(layout),
+        "large_bytes": layer_bytes(layout),
     }
 
     def given(key: jax.Array) -> Arguments:
@@ -216,6 +218,30 @@ def _permute(shape: str, layout: KVLayout, kind: LayoutKind) -> Case:
         call=permute,
         arguments=lambda key: (cache_of(key, layout),),
     )
+
+
+def _advance(batch: int) -> Case:
+    """A decode step of rows that hold some blocks; every other row needs one more."""
+    width, size, pool_blocks = 128, 16, 128 * batch + batch
+
+    def given(key: jax.Array) -> Arguments:
+        held = jax.random.randint(key, (batch,), 1, width)
+        lengths = held * size - jnp.arange(batch) % 2
+        blocks = jax.random.permutation(key, pool_blocks).astype(jnp.int32)
+        tables = jnp.where(
+            jnp.arange(width) < held[:, None], blocks[: batch * width].reshape(batch, width), pool_blocks
+        )
+        empty = sequences.init(batch, width, block_size=size, pool_blocks=pool_blocks)
+        running = dataclasses.replace(empty, block_tables=tables[None], lengths=lengths, num_blocks=held)
+        grant = grants.Grant(blocks[-batch:], jnp.int32(0), jnp.int32(batch), jnp.int32(0))
+        return running, grant, lengths, jnp.ones(batch, jnp.int32), lengths
+
+    def advance(implementation: Implementation | None, *arguments: Any) -> Any:
+        return kernels.advance(*arguments, implementation=implementation)
+
+    ints = 8 * batch  # read: held, three of each row, its count of new tokens; written: length, held, status
+    tables = 4 * batch * width
+    return Case("advance", f"{batch} rows", 0, 4 * ints, tables, call=advance, arguments=given, donated=(0, 1))
 
 
 def values(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:

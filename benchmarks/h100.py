@@ -197,8 +197,8 @@ def faults(compiled: Compiled) -> Iterator[str]:
             yield f"{asked:,} bytes of shared memory for a multiprocessor, which has {_CORE_BYTES:,}"
     if program.aliased_bytes != program.donated_bytes:
         yield f"{program.donated_bytes:,} bytes are donated, {program.aliased_bytes:,} updated in place"
-    if program.temporary_bytes >= case.layer_bytes:
-        yield f"{program.temporary_bytes:,} bytes of temporaries; a layer has {case.layer_bytes:,}"
+    if program.temporary_bytes >= case.large_bytes:
+        yield f"{program.temporary_bytes:,} bytes of temporaries, of at most {case.large_bytes:,}"
     yield from (f"copies a layer: {line}" for line in program.copies)
 
 
@@ -213,7 +213,7 @@ def report(found: Sequence[Compiled]) -> str:
     sizes = f"{FULL.num_blocks:,} blocks, {FULL.num_layers} layers, {FULL.tokens} tokens or {FULL.blocks} blocks a call"
     lines = [
         f"\nCompiled for {target.H100.kind} with jax {jax.__version__}: caches of {sizes}.\n",
-        "| kernel | case | tile × stages × blocks | registers | stack | shared KiB | bulk copies | MiB | µs |",
+        "| kernel | case | config | registers | stack | shared KiB | bulk copies | MiB | µs |",
         "|---|---|---|---|---|---|---|---|---|",
     ]
     lines += [
@@ -235,8 +235,10 @@ def report(found: Sequence[Compiled]) -> str:
 
 def key_of(case: Case) -> tuple[str, str, str]:
     """What a row of the report tells without compiling: operation, case, config."""
+    if not case.unit_bytes:
+        return f"`{case.operation}`", case.about, ""
     config = configs.copy_config(case.operation, case.unit_bytes)
-    return f"`{case.operation}`", case.about, f"{config.tile_bytes} × {config.stages} × {config.blocks_per_core}"
+    return f"`{case.operation}`", case.about, f"{config.tile_bytes}, {config.stages}, {config.blocks_per_core}"
 
 
 def measured(compiled: Compiled) -> tuple[str, ...]:

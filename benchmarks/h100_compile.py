@@ -79,7 +79,7 @@ def programs() -> list[tuple[Case, Implementation]]:
     """Every case as a kernel, and those that work in place in XLA too."""
     cases = all_cases(FULL)
     first = next(iter(FULL.shapes))
-    plain = [case for case in cases if case.donated and case.about.startswith(first)]
+    plain = [case for case in cases if case.donated and (case.about.startswith(first) or not case.unit_bytes)]
     return [*((case, "mosaic_gpu") for case in cases), *((case, "xla") for case in plain)]
 
 
@@ -100,7 +100,7 @@ def inspect(case: Case, implementation: Implementation) -> Program:
         donated_bytes=sum(x.size * x.dtype.itemsize for x in donated),
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        copies=list(large_copies(text, case.layer_bytes)),
+        copies=list(large_copies(text, case.large_bytes)),
     )
 
 
