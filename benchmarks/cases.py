@@ -229,7 +229,7 @@ def _advance(batch: int) -> Case:
         lengths = held * size - jnp.arange(batch) % 2
         blocks = jax.random.permutation(key, pool_blocks).astype(jnp.int32)
         tables = jnp.where(
-            jnp.arange(width) < held[:, None], blocks[: batch * width].reshape(batch, width), pool_blocks
+            jnp.arange(width)[None] < held[:, None], blocks[: batch * width].reshape(batch, width), pool_blocks
         )
         empty = sequences.init(batch, width, block_size=size, pool_blocks=pool_blocks)
         running = dataclasses.replace(empty, block_tables=tables[None], lengths=lengths, num_blocks=held)
