@@ -23,6 +23,7 @@ from kvbm_jax.layout import KVLayout
 __all__ = ["IDENTITY_VERSION", "CacheIdentity"]
 
 IDENTITY_VERSION = 1
+_SCALE_FORMAT = "float32 per token and head"  # the one there is: see `kvbm_jax.layout`
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,6 +73,7 @@ class CacheIdentity:
             dtype=layout.dtype,
             block_size=layout.block_size,
             hash_algorithm=str(hash_algorithm),
+            scale_format=_SCALE_FORMAT if layout.quantized else None,
         )
 
     @classmethod

@@ -41,6 +41,17 @@ def test_where_blocks_lie_is_no_part_of_it():
     assert same.difference(SMOLLM2) == ""
 
 
+def test_scales_are_part_of_it():
+    plain, scaled = (
+        CacheIdentity.of(
+            KVLayout(30, 64, 16, 3, 64, "int8", quantized=quantized), model_id="m", hash_algorithm="blake3"
+        )
+        for quantized in (False, True)
+    )
+    assert plain.scale_format is None
+    assert plain.difference(scaled) == "scale_format: None != 'float32 per token and head'"
+
+
 @pytest.mark.parametrize("field", [field.name for field in dataclasses.fields(CacheIdentity)])
 def test_each_field_changes_the_fingerprint_and_is_named(field):
     value = getattr(SMOLLM2, field)

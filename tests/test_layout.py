@@ -9,10 +9,11 @@ import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized
 from hypothesis import given, settings
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
 
@@ -66,6 +67,51 @@ def test_golden(kind):
         assert list(found) == place
 
 
+@pytest.mark.parametrize("kind", LayoutKind)
+def test_golden_of_quantised_layouts(kind):
+    layout = KVLayout(**GOLDEN["quantized"]["layout"], kind=kind)
+    golden = GOLDEN["quantized"]["kinds"][kind]
+    for name in ("axes", "array_dtype", "num_arrays", "block_bytes", "total_bytes"):
+        assert getattr(layout, name) == golden[name]
+    assert list(layout.array_shape) == golden["array_shape"]
+    assert layout.scale_shape == (golden["scale_shape"] and tuple(golden["scale_shape"]))
+    assert layout.is_packed == (golden["scale_shape"] is None)
+    for (layer, block, component, token, head, dim), place, scale_place in golden["offsets"]:
+        where = {"layer": layer, "block": block, "component": component, "token": token, "head": head}
+        assert list(layout.byte_offset(**where, dim=dim)) == place
+        assert list(layout.scale_offset(**where)) == scale_place
+
+
+@pytest.mark.parametrize("kind", LayoutKind)
+def test_offsets_of_a_quantised_layout_find_what_numpy_puts_there(kind):
+    layout = dataclasses.replace(SMALL, kind=kind, dtype="int8", quantized=True)
+    shape = (3, 5, 2, 4, 2, 6)
+    payload = np.random.default_rng(0).integers(-127, 128, shape).astype(np.int8)
+    scales = np.arange(np.prod(shape[:-1]), dtype=np.float32).reshape(shape[:-1])
+    arrays = quantized.arrays_of(quantized.rows_of(payload, scales), layout)
+    memory = [np.asarray(array).tobytes() for array in arrays]
+    assert sum(map(len, memory)) == layout.total_bytes
+    for layer, block, component, token, head, dim in itertools.product(*map(range, shape)):
+        where = {"layer": layer, "block": block, "component": component, "token": token, "head": head}
+        number, offset = layout.byte_offset(**where, dim=dim)
+        found = np.frombuffer(memory[number], np.int8, 1, offset)
+        assert found == payload[layer, block, component, token, head, dim]
+        number, offset = layout.scale_offset(**where)
+        number += 0 if layout.is_packed else layout.num_arrays
+        assert np.frombuffer(memory[number], "<f4", 1, offset) == scales[layer, block, component, token, head]
+
+
+def test_formats():
+    fp8 = SMALL.with_format(ElementFormat("float8_e4m3fn", quantized=True))
+    assert fp8.element_format == ElementFormat("float8_e4m3fn", quantized=True)
+    assert (fp8.itemsize, fp8.is_packed, fp8.with_kind("universal").is_packed) == (1, False, True)
+    assert fp8.with_format(SMALL.element_format) == SMALL
+    plain = dataclasses.replace(SMALL, dtype="int8")
+    assert (plain.scale_shape, plain.block_bytes) == (None, 3 * 2 * 4 * 2 * 6)
+    with pytest.raises(LayoutError, match="int8 is not quantised: there are no scales"):
+        plain.scale_offset(layer=0, block=0)
+
+
 def test_a_block_is_one_run_where_it_should_be():
     contiguous = dataclasses.replace(SMALL, kind="fully_contiguous")
     assert contiguous.byte_offset(layer=0, block=2) == (0, 2 * contiguous.block_bytes)
@@ -96,6 +142,8 @@ def test_the_description_is_normalised_and_hashable():
         ({"components": 0}, ("components", "0")),
         ({"num_blocks": 2**20, "block_size": 2**11}, (str(2**31), "slots")),
         ({"dtype": "bfloat17"}, ("bfloat17",)),
+        ({"quantized": True}, ("float32", "int8 or float8_e4m3fn")),
+        ({"quantized": True, "dtype": "float8_e4m3"}, ("float8_e4m3'", "int8 or float8_e4m3fn")),
         ({"kind": "paged"}, ("paged", "layer_separate, layer_stacked, fully_contiguous, universal")),
     ],
 )

@@ -1,7 +1,8 @@
 """What every implementation of the moving kernels must do, against plain numpy: one check for each operation.
 
-A cache is compared in logical order, [L, N, C, T, H, D], whatever its kind. Contents are random bytes that the dtype
-holds exactly, so that equality is exact.
+A cache is compared in logical order, [L, N, C, T, H, D], whatever its kind; a quantised one as bytes, a row's payload
+and its scale, u8[L, N, C, T, H, D + 4]. Contents are random numbers that the dtype holds exactly, so that equality is
+exact.
 """
 
 import functools
@@ -10,13 +11,14 @@ from dataclasses import dataclass
 import jax
 import jax.numpy as jnp
 import numpy as np
+import quantized
+from quantized import LOGICAL, sizes_of
 
 from kvbm_jax import kernels
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 KINDS = tuple(LayoutKind)
 RUNS = (LayoutKind.FULLY_CONTIGUOUS, LayoutKind.UNIVERSAL)
-LOGICAL = "LNCTHD"
 
 
 @dataclass(frozen=True)
@@ -36,8 +38,11 @@ class Case:
         return self.rng.integers(-8, 8, shape).astype(jnp.dtype(self.layout.dtype))
 
     def logical(self):
-        sizes = dict(zip("LNCTHD", sizes_of(self.layout), strict=True))
-        return self.values(*(sizes[axis] for axis in LOGICAL))
+        shape = sizes_of(self.layout)
+        values = self.values(*shape)
+        if not self.layout.quantized:
+            return values
+        return quantized.rows_of(values, self.rng.normal(size=shape[:-1]).astype(np.float32))
 
     def ids(self, count, *, distinct=True):
         """Block ids, one of them past the end."""
@@ -48,25 +53,18 @@ class Case:
         return ids
 
 
-def sizes_of(layout):
-    return (
-        layout.num_layers,
-        layout.num_blocks,
-        layout.components,
-        layout.block_size,
-        layout.num_kv_heads,
-        layout.head_dim,
-    )
-
-
 def arrange(logical, layout):
     """Logical contents as the arrays of a layout."""
+    if layout.quantized:
+        return tuple(map(jnp.array, quantized.arrays_of(logical, layout)))
     if layout.kind is LayoutKind.LAYER_SEPARATE:
         return tuple(jnp.array(layer) for layer in logical)
     return (jnp.array(logical.transpose([LOGICAL.index(axis) for axis in layout.axes])),)
 
 
 def logical_of(arrays, layout):
+    if layout.quantized:
+        return quantized.rows_in(arrays, layout)
     if layout.kind is LayoutKind.LAYER_SEPARATE:
         return np.stack([np.asarray(array) for array in arrays])
     return np.asarray(arrays[0]).transpose([layout.axes.index(axis) for axis in LOGICAL])
@@ -105,14 +103,14 @@ def check_gather_and_scatter(case, count, kind, *, with_out):
     layout = case.layout
     logical, ids = case.logical(), case.ids(count, distinct=False)
     staging = layout.staging(count, kind)
-    out = jnp.full(staging.array_shape, 3, layout.dtype) if with_out else None
+    out = jnp.full(staging.array_shape, 3, staging.array_dtype) if with_out else None
     expected = np.zeros((layout.num_layers, count, *logical.shape[2:]), logical.dtype)
     real = ids < layout.num_blocks
     expected[:, real] = logical[:, ids[real]]
     gathered = jitted(kernels.gather_blocks, case, layout=layout, kind=kind)(
         arrange(logical, layout), block_ids=ids, out=out
     )
-    assert gathered.dtype == jnp.dtype(layout.dtype)
+    assert gathered.dtype == staging.array_dtype
     np.testing.assert_array_equal(logical_of((gathered,), staging), expected)
     targets = case.ids(count)
     changed, kept = logical.copy(), targets < layout.num_blocks
@@ -144,5 +142,5 @@ def check_permute(case, kind):
     logical = case.logical()
     target = case.layout.with_kind(kind)
     permuted = jitted(kernels.permute_blocks, case, layout=case.layout, kind=kind)(arrange(logical, case.layout))
-    assert [array.shape for array in permuted] == [target.array_shape] * target.num_arrays
+    assert [array.shape for array in permuted[: target.num_arrays]] == [target.array_shape] * target.num_arrays
     np.testing.assert_array_equal(logical_of(permuted, target), logical)

@@ -37,6 +37,29 @@ def layout(**sizes):
     return KVLayout(**SMALL | sizes)
 
 
+QUANTIZED = {"dtype": "int8", "quantized": True}
+
+
+@pytest.mark.parametrize(("own", "kind"), [(SEPARATE, RUNS[0]), (STACKED, RUNS[1]), (RUNS[1], RUNS[0])])
+def test_quantised_blocks_move_with_their_scales(own, kind):
+    case = Case(layout(kind=own, **QUANTIZED), "xla")
+    moves.check_gather_and_scatter(case, 4, kind, with_out=own == SEPARATE)
+    moves.check_copy(case, disjoint=False)
+    moves.check_permute(case, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+@pytest.mark.parametrize(("own", "kind"), list(itertools.product(KINDS, KINDS)))
+def test_quantised_blocks_between_all_kinds(own, kind, dtype):
+    case = Case(layout(kind=own, dtype=dtype, quantized=True, num_kv_heads=3, head_dim=5), "xla")
+    moves.check_permute(case, kind)
+    moves.check_copy(case, disjoint=True)
+    if kind in RUNS:
+        for with_out in (False, True):
+            moves.check_gather_and_scatter(case, 4, kind, with_out=with_out)
+
+
 def test_the_interpreter_is_one_of_them():
     assert IMPLEMENTATIONS == ("mosaic_gpu", "xla")
 

@@ -28,7 +28,7 @@ def copy_blocks(
     All reads come before all writes.
 
     Args:
-      arrays: of the cache.
+      arrays: of the cache, those of scales last.
       layout: of the cache, of any kind.
       sources: i32[M].
       targets: i32[M], distinct; N and beyond drops the copy.

@@ -39,4 +39,4 @@ def refusal(
     disjoint: bool,
 ) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
-    return boxes.refusal(layout, layout.kind)
+    return boxes.refusal(layout)

@@ -36,4 +36,4 @@ def refusal(
     out: jax.Array | None,
 ) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
-    return boxes.refusal(layout, layout.kind, staging.kind)
+    return boxes.refusal(layout, staging)

@@ -1,8 +1,12 @@
 """`gather_blocks` as an XLA gather of each array."""
 
+from dataclasses import replace
+
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax.kernels.arrangement import arrays_of, elements_of, with_layer
+from kvbm_jax.kernels.quantize import convert
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["gather_blocks"]
@@ -17,15 +21,14 @@ def gather_blocks(
 ) -> jax.Array:
     """See `kvbm_jax.kernels.gather_blocks`; `staging` describes the result."""
     axis = layout.axes.index("N")
-    parts = [jnp.take(array, block_ids, axis=axis, mode="fill", fill_value=0) for array in arrays]
-    if layout.kind is not LayoutKind.LAYER_SEPARATE:
-        blocks = parts[0].transpose([layout.axes.index(letter) for letter in staging.axes])
-        return blocks if out is None else out.at[:].set(blocks)
-    own = [layout.axes.index(letter) for letter in staging.axes.replace("L", "")]
-    place = staging.axes.index("L")
-    parts = [part.transpose(own) for part in parts]
-    if out is None:
-        return jnp.stack(parts, axis=place)
-    for layer, part in enumerate(parts):
-        out = jax.lax.dynamic_update_index_in_dim(out, part, layer, place)
-    return out
+    parts = tuple(jnp.take(array, block_ids, axis=axis, mode="fill", fill_value=0) for array in arrays)
+    formats = (layout.element_format, staging.element_format)
+    if out is not None and layout.kind is LayoutKind.LAYER_SEPARATE:
+        # Layer by layer, so that no array of all of them is made in between.
+        for layer in range(layout.num_layers):
+            payload, *scales = parts[layer :: layout.num_layers]
+            out = with_layer(out, staging, layer, convert(payload, scales[0] if scales else None, *formats))
+        return out
+    taken = replace(layout, num_blocks=staging.num_blocks)
+    [blocks] = parts if taken == staging else arrays_of(convert(*elements_of(parts, taken), *formats), staging)
+    return blocks if out is None else out.at[:].set(blocks)

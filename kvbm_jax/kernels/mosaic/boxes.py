@@ -161,8 +161,14 @@ def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Arr
     return jax.freeze(written).reshape(shape)
 
 
-def refusal(layout: KVLayout, *kinds: LayoutKind) -> str | None:
-    """Returns why blocks of such a cache cannot be moved between arrays of these kinds, or None."""
+def refusal(layout: KVLayout, *others: KVLayout) -> str | None:
+    """Returns why blocks of such a cache cannot be moved from or to arrays of other layouts, or None."""
+    for other in others:
+        if other.element_format != layout.element_format:
+            return f"it copies, and does not convert {layout.dtype} and {other.dtype}"
+    if layout.quantized:
+        return "blocks of a quantised cache have scales"
+    kinds = [layout.kind, *(other.kind for other in others)]
     if (row := layout.head_dim * layout.itemsize) % _ALIGNMENT:
         return f"head_dim {layout.head_dim} in {layout.dtype} is {row} bytes, not a multiple of {_ALIGNMENT}"
     if LayoutKind.UNIVERSAL in kinds and layout.num_kv_heads > 1 and layout.head_dim > _MOST_STRIDED:

@@ -31,4 +31,4 @@ def permute_blocks(arrays: tuple[jax.Array, ...], layout: KVLayout, target: KVLa
 
 def refusal(arrays: tuple[jax.Array, ...], layout: KVLayout, target: KVLayout) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
-    return boxes.refusal(layout, layout.kind, target.kind)
+    return boxes.refusal(layout, target)

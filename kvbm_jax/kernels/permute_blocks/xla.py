@@ -1,21 +1,17 @@
 """`permute_blocks` as an XLA transposition."""
 
 import jax
-import jax.numpy as jnp
 
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.kernels.arrangement import arrays_of, elements_of
+from kvbm_jax.kernels.quantize import convert
+from kvbm_jax.layout import KVLayout
 
 __all__ = ["permute_blocks"]
 
 
 def permute_blocks(arrays: tuple[jax.Array, ...], layout: KVLayout, target: KVLayout) -> tuple[jax.Array, ...]:
     """See `kvbm_jax.kernels.permute_blocks`; `target` describes the result."""
-    if layout.kind is target.kind:
+    if layout == target:
         return arrays
-    axes = layout.axes
-    array = arrays[0]
-    if layout.kind is LayoutKind.LAYER_SEPARATE:
-        axes, array = "L" + axes, jnp.stack(arrays)
-    if target.kind is LayoutKind.LAYER_SEPARATE:
-        return tuple(array.transpose([axes.index(letter) for letter in "L" + target.axes]))
-    return (array.transpose([axes.index(letter) for letter in target.axes]),)
+    payload, scales = elements_of(arrays, layout)
+    return arrays_of(convert(payload, scales, layout.element_format, target.element_format), target)

@@ -37,4 +37,4 @@ def refusal(
     staging: KVLayout,
 ) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
-    return boxes.refusal(layout, layout.kind, staging.kind)
+    return boxes.refusal(layout, staging)
