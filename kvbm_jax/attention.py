@@ -177,6 +177,7 @@ def paged_attention(
         batch.block_tables[group] + first,
         batch.context_lens,
         batch.query_starts,
+        scales=kv_cache.layer_scales(cache, layer),
         max_query_len=batch.max_query_len,
         scale=scale,
         sliding_window=window if sliding_window is None else sliding_window,

@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import quantized
 
 from kvbm_jax import attention, kernels, sequences
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.groups import Group
+from kvbm_jax.kernels.quantize import quantize
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
@@ -50,6 +52,7 @@ class Case:
     padding: int = 3
     max_query_len: int = 40
     dtype: str = "float32"
+    quantized: str | None = None  # dtype of the cache's elements, if they have scales
     seed: int = 0
 
 
@@ -76,6 +79,8 @@ def build(case):
         tables[b, : owned[b]] = ids[used : used + owned[b]]
         used += owned[b]
         kv = np.asarray(jnp.asarray(rng.standard_normal((context, 2, H, D)), case.dtype).astype(jnp.float32))
+        if case.quantized:
+            kv = quantized.dequantize(*quantized.quantize(kv, case.quantized))
         position = np.arange(context)
         array[tables[b, position // T], :, position % T] = kv
         contexts.append(kv)
@@ -88,11 +93,21 @@ def build(case):
     return args, contexts
 
 
+def with_scales(case, args):
+    """The arguments with a quantised array; what is not finite in it has a scale that is not."""
+    array = args[1]
+    if not case.quantized:
+        return args, {}
+    rows = quantize(array, case.quantized)
+    return (args[0], rows.payload, *args[2:]), {"scales": rows.scales}
+
+
 def check(case, implementation, **options):
     args, contexts = build(case)
     run = jitted(max_query_len=case.max_query_len, implementation=implementation, **options)
     try:
-        output = run(*args)
+        stored, scales = with_scales(case, args)
+        output = run(*stored, **scales)
     except NotImplementedError as error:
         pytest.skip(f"{implementation}: {error}")
     assert output.dtype == jnp.dtype(case.dtype)
@@ -144,6 +159,10 @@ class TestKernel:
     def test_bfloat16(self, implementation):
         check(Case(ragged(16), dtype="bfloat16"), implementation)
 
+    @pytest.mark.parametrize(("dtype", "elements"), [("float32", "int8"), ("bfloat16", "float8_e4m3fn")])
+    def test_quantised_caches(self, implementation, dtype, elements):
+        check(Case(ragged(16), dtype=dtype, quantized=elements), implementation, sliding_window=300)
+
     @pytest.mark.parametrize("row", [(1, 1), (16, 16), (300, 9), (300, 0)])
     def test_one_row_alone(self, implementation, row):
         check(Case((row,), padding=18 - row[1], max_query_len=18), implementation)
@@ -191,6 +210,7 @@ def call(queries=(5, 4, D), array=(6, 2, 8, 2, D), tables=(3, 2), context_lens=(
         ({"array": (6, 1, 8, 2, D)}, ("[6, 1, 8, 2, 16]",)),
         ({"context_lens": (2,)}, ("3 block tables", "[3]", "[2]")),
         ({"starts": (3,)}, ("3 block tables", "[4]", "[3]")),
+        ({"scales": f32(6, 2, 8, 2, D)}, ("[6, 2, 8, 2, 16]", "[6, 2, 8, 2]")),
         ({"longest": 0}, ("max_query_len is 0", "[1, 5]")),
         ({"longest": 6}, ("max_query_len is 6", "[1, 5]")),
     ],
@@ -290,6 +310,22 @@ def test_prefill_in_pieces_is_prefill_at_once(kind, group):
     for b in range(B):
         np.testing.assert_allclose(np.concatenate(pieces[b]), whole[b], atol=2e-6)
     jax.tree.map(np.testing.assert_array_equal, other, cache)  # unwritten slots are NaN in both
+
+
+@pytest.mark.parametrize("kind", [LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED])
+def test_attention_in_a_quantised_cache_is_that_over_what_it_loads(kind):
+    lengths = [13, 16, 3]
+    batch, data = running(lengths), qkv(lengths)
+    cache = kv_cache.init(KVLayout(L, N, T, H, D, "int8", kind, quantized=True))
+    cache = replace(cache, scales=tuple(jnp.full_like(scales, jnp.nan) for scales in cache.scales))
+    step = step_batch(36, 16)(batch, jnp.arange(B, dtype=jnp.int32), i32(B), batch.lengths)
+    spans = [(0, n) for n in lengths]
+    output, cache = attend(1, 0)(cache, 1, *ragged_arrays(data, spans, 36), step)
+    keys, values = (np.asarray(part) for part in kv_cache.load_kv(cache, 1, step.slots[0]))
+    for q, mine in zip([q for q, _, _ in data], np.split(np.arange(sum(lengths)), np.cumsum(lengths)), strict=False):
+        expected = dense(q, keys[mine], values[mine], 0, scale=D**-0.5)
+        np.testing.assert_allclose(np.asarray(output)[mine], expected, atol=2e-5)
+        assert np.abs(keys[mine] - np.concatenate([k for _, k, _ in data])[mine]).max() < 0.02
 
 
 @pytest.mark.parametrize("group", [0, 1])

@@ -380,6 +380,7 @@ def test_a_copy_is_found():
 LAYERS, BLOCKS, HEADS, DIM, S = 2, 1024, 2, 16, 16
 LAYER = BLOCKS * 2 * T * HEADS * DIM  # elements of one layer
 KINDS = [LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED]
+SCALES = {"elements": LAYER // DIM // 2, "temporaries": LAYER // 4}  # less than the scales of a layer, in elements
 
 
 def data(*shape):
@@ -391,6 +392,10 @@ def cache_calls():
     batch = sequences.init(B, W, block_size=T, pool_blocks=BLOCKS)
     decode = attention.decode_batch(batch, jnp.ones((B,), bool))
     blocks = data(8, LAYERS, 2, T, HEADS, DIM)
+    packed = jnp.ones((8, a_cache(KINDS[0], "int8", quantized=True).layout.block_bytes), jnp.uint8)
+
+    def scatter(cache, at):
+        return (kv_cache.scatter_blocks(cache, at, packed if cache.layout.quantized else blocks),)
 
     def attend(cache, batch):
         output, cache = attention.attend(cache, 1, data(B, 2 * HEADS, DIM), *kv, batch)
@@ -398,14 +403,33 @@ def cache_calls():
 
     return {
         "store_kv": (lambda cache, slots: (kv_cache.store_kv(cache, 1, *kv, slots),), ids((S,))),
-        "scatter_blocks": (lambda cache, at: (kv_cache.scatter_blocks(cache, at, blocks),), ids((8,))),
+        "scatter_blocks": (scatter, ids((8,))),
         "copy_blocks": (lambda cache, at: (kv_cache.copy_blocks(cache, at, at + 4),), ids((8,))),
         "attend": (attend, decode),
     }
 
 
-def a_cache(kind, dtype="float32"):
-    return kv_cache.init(KVLayout(LAYERS, BLOCKS, T, HEADS, DIM, dtype, kind))
+def a_cache(kind, dtype="float32", **options):
+    return kv_cache.init(KVLayout(LAYERS, BLOCKS, T, HEADS, DIM, dtype, kind, **options))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", cache_calls())
+def test_a_quantised_cache_is_updated_in_place_with_its_scales(name, kind):
+    verb, *args = cache_calls()[name]
+    # Attention has chunks of as many elements as there are scales; its cache is looked at as the plain ones are.
+    limits = {"elements": LAYER // 2, "temporaries": LAYER} if name == "attend" else SCALES
+    check(verb, a_cache(kind, "int8", quantized=True), *args, **limits)
+
+
+def test_quantised_blocks_are_gathered_into_a_donated_array():
+    cache = a_cache(KINDS[0], "int8", quantized=True)
+    out = jnp.zeros((256, cache.layout.block_bytes), jnp.uint8)
+
+    def gather(out, cache, at):
+        return (kv_cache.gather_blocks(cache, at, out=out),)
+
+    check(gather, out, cache, ids((256,)), elements=out.size // 2, temporaries=out.size)
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [(KINDS[0], "float32"), (KINDS[1], "float32"), (KINDS[1], "bfloat16")])

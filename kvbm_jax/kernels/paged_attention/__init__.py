@@ -18,6 +18,7 @@ def paged_attention(
     context_lens: jax.Array,
     query_starts: jax.Array,
     *,
+    scales: jax.Array | None = None,
     max_query_len: int,
     scale: float | None = None,
     sliding_window: int | None = None,
@@ -38,6 +39,7 @@ def paged_attention(
         whose tokens lie behind the window of every query, may hold anything.
       context_lens: i32[B], tokens in the cache, these queries included; 0 for a row without sequence.
       query_starts: i32[B + 1], not decreasing, from 0.
+      scales: f32[N, 2, T, H] of a quantised array, as `kvbm_jax.kernels.quantize` has them; None if it is plain.
       max_query_len: static bound of the queries of one sequence.
       scale: of the scores; None = D ** -0.5.
       sliding_window: a query sees only this many positions, its own included; None = all.
@@ -59,6 +61,11 @@ def paged_attention(
             f"queries [S, Hq, D] = {list(queries.shape)} do not fit a cache [N, C, T, H, D] = {list(array.shape)}: "
             "C must be 2, D equal, and Hq a multiple of H"
         )
+    if scales is not None and scales.shape != array.shape[:-1]:
+        raise LayoutError(
+            f"scales are {list(scales.shape)}; a cache of {list(array.shape)} has {list(array.shape[:-1])}, one for "
+            "each token and head"
+        )
     if context_lens.shape != (rows,) or query_starts.shape != (rows + 1,):
         raise LayoutError(
             f"{rows} block tables need context_lens [{rows}] and query_starts [{rows + 1}]; "
@@ -73,6 +80,7 @@ def paged_attention(
         block_tables,
         context_lens,
         query_starts,
+        scales=scales,
         max_query_len=max_query_len,
         scale=dim**-0.5 if scale is None else scale,
         sliding_window=sliding_window,

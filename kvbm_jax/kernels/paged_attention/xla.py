@@ -2,6 +2,9 @@
 
 The number of chunks follows the longest context at hand, so a wide block table costs nothing by itself. A chunk is
 small enough to stay in a CPU's cache, which makes this as fast there as attention over a contiguous cache.
+
+The scale of a quantised row is a factor of its score, or of its weight: it is applied there, once for each query and
+row, and elements are never multiplied out. They are whole numbers or short floats, exact in the dtype of the queries.
 """
 
 import functools
@@ -25,6 +28,7 @@ def paged_attention(
     context_lens: jax.Array,
     query_starts: jax.Array,
     *,
+    scales: jax.Array | None,
     max_query_len: int,
     scale: float,
     sliding_window: int | None,
@@ -34,7 +38,7 @@ def paged_attention(
     tokens = queries.shape[0]
     rows = block_tables.shape[0]
     query_lens = query_starts[1:] - query_starts[:-1]
-    attend = functools.partial(_attend, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
+    attend = functools.partial(_attend, scales=scales, scale=scale, sliding_window=sliding_window, soft_cap=soft_cap)
     if rows == 1:
         padded = attend(queries[None], array, block_tables, context_lens, query_lens)
         return padded[0]
@@ -54,6 +58,7 @@ def _attend(
     context_lens: jax.Array,  # i32[B]
     query_lens: jax.Array,  # i32[B]
     *,
+    scales: jax.Array | None,  # f32[N, 2, T, H]
     scale: float,
     sliding_window: int | None,
     soft_cap: float | None,
@@ -82,7 +87,15 @@ def _attend(
         positions = i * chunk + jnp.arange(chunk, dtype=jnp.int32)
         context = array.at[ids].get(mode="clip")  # [B, blocks, 2, T, H, D]
         keys, values = (context[:, :, c].reshape(batch, chunk, heads, dim).transpose(0, 2, 1, 3) for c in (0, 1))
+        if scales is not None:
+            keys, values = keys.astype(queries.dtype), values.astype(queries.dtype)
+            factors = scales.at[ids].get(mode="clip")  # [B, blocks, 2, T, H]
+            key_factors, value_factors = (
+                factors[:, :, c].reshape(batch, chunk, heads).transpose(0, 2, 1)[:, :, None] for c in (0, 1)
+            )  # [B, H, 1, c]
         scores = jnp.einsum("bhrd,bhcd->bhrc", grouped, keys, preferred_element_type=jnp.float32) * scale
+        if scales is not None:
+            scores = scores * key_factors
         if soft_cap is not None:
             scores = soft_cap * jnp.tanh(scores / soft_cap)
         if masked:
@@ -90,6 +103,8 @@ def _attend(
             # weight 0 would not silence it.
             own = (positions[None, :] < context_lens[:, None]) & (positions[None, :] >= oldest[:, None])  # [B, c]
             values = jnp.where(own[:, None, :, None], values, 0)
+            if scales is not None:
+                value_factors = jnp.where(own[:, None, None, :], value_factors, 0)
             seen = own[:, None, :] & (positions[None, None, :] <= row_positions[:, :, None])  # [B, R, c]
             if sliding_window is not None:
                 seen &= positions[None, None, :] > row_positions[:, :, None] - sliding_window
@@ -99,7 +114,8 @@ def _attend(
         weights = jnp.exp(scores - new_peak[..., None])
         if masked:
             weights = jnp.where(seen[:, None], weights, 0)
-        part = jnp.einsum("bhrc,bhcd->bhrd", weights.astype(values.dtype), values, preferred_element_type=jnp.float32)
+        shares_of = weights if scales is None else weights * value_factors
+        part = jnp.einsum("bhrc,bhcd->bhrd", shares_of.astype(values.dtype), values, preferred_element_type=jnp.float32)
         return new_peak, total * decay + jnp.sum(weights, axis=-1), output * decay[..., None] + part
 
     active = (query_lens > 0) & (context_lens > 0)
