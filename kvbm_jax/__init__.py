@@ -22,7 +22,7 @@ from kvbm_jax.attention import AttentionBatch, attend, decode_batch, paged_atten
 from kvbm_jax.cache import KVCache, copy_blocks, gather_blocks, load_kv, scatter_blocks, store_kv
 from kvbm_jax.errors import KvbmError
 from kvbm_jax.groups import Group
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 from kvbm_jax.pool import PoolState
 from kvbm_jax.sequences import SequenceBatch
 from kvbm_jax.types import Status
@@ -58,6 +58,7 @@ __all__ = [
     "load_kv",
     "scatter_blocks",
     "store_kv",
+    "ElementFormat",
     "Group",
     "KVLayout",
     "LayoutKind",

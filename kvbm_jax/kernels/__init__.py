@@ -15,6 +15,9 @@ a whole cache.
     paged_attention attention through block tables
     advance         blocks of a decode step in a compiled loop, given back and taken
 
+The arrays of a quantised cache are those of its elements and then those of its scales. Operations on whole blocks take
+them all, and convert where another element format is asked for (`quantize`); those on rows take one array at a time.
+
 To add a kernel: write the truth; give its folder a module named after the implementation, with a function of the same
 name and parameters and `refusal`; name it in the folder's `OPERATION`. The suite in `tests/kernels` then runs it.
 

@@ -15,7 +15,7 @@ import quantized
 from quantized import LOGICAL, sizes_of
 
 from kvbm_jax import kernels
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 
 KINDS = tuple(LayoutKind)
 RUNS = (LayoutKind.FULLY_CONTIGUOUS, LayoutKind.UNIVERSAL)
@@ -144,3 +144,41 @@ def check_permute(case, kind):
     permuted = jitted(kernels.permute_blocks, case, layout=case.layout, kind=kind)(arrange(logical, case.layout))
     assert [array.shape for array in permuted[: target.num_arrays]] == [target.array_shape] * target.num_arrays
     np.testing.assert_array_equal(logical_of(permuted, target), logical)
+
+
+def check_conversions(case, element_format, kind):
+    """Blocks are quantised or dequantised on the way out, on the way in, and where they are."""
+    layout = case.layout
+    shape = sizes_of(layout)
+    values = case.rng.normal(size=shape).astype(np.float32)
+    logical = converted(values, ElementFormat("float32"), layout.element_format)
+    there = converted(logical, layout.element_format, element_format)
+    back = converted(there, element_format, layout.element_format)
+    ids, targets = case.ids(3, distinct=False), case.ids(3)
+    staging = layout.with_format(element_format).staging(3, kind)
+    out = jnp.full(staging.array_shape, 3, staging.array_dtype)
+    options = {"layout": layout, "kind": kind, "element_format": element_format}
+    for given in (None, out):
+        gathered = jitted(kernels.gather_blocks, case, **options)(arrange(logical, layout), block_ids=ids, out=given)
+        taken = np.concatenate([there, np.zeros_like(there[:, :1])], axis=1)[:, ids]
+        np.testing.assert_array_equal(logical_of((gathered,), staging), taken)
+    scattered = jitted(kernels.scatter_blocks, case, **options)(
+        arrange(logical, layout), block_ids=targets, blocks=gathered
+    )
+    kept = targets < layout.num_blocks
+    expected = logical.copy()
+    returned = np.concatenate([back, np.zeros_like(back[:, :1])], axis=1)
+    expected[:, targets[kept]] = returned[:, ids[kept]]
+    np.testing.assert_array_equal(logical_of(scattered, layout), expected)
+    permuted = jitted(kernels.permute_blocks, case, **options)(arrange(logical, layout))
+    np.testing.assert_array_equal(logical_of(permuted, layout.with_format(element_format).with_kind(kind)), there)
+
+
+def converted(logical, source, target):
+    """Logical contents in another format, by numpy."""
+    if source == target:
+        return logical
+    values = quantized.dequantize(*quantized.split(logical, source.dtype)) if source.quantized else logical
+    if target.quantized:
+        return quantized.rows_of(*quantized.quantize(values, target.dtype))
+    return values.astype(jnp.dtype(target.dtype))

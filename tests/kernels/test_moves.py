@@ -5,14 +5,16 @@ import itertools
 
 import hypothesis
 import hypothesis.strategies as st
+import jax
 import moves
 import pytest
 from moves import KINDS, RUNS, Case
 
+from kvbm_jax import cache as kv_cache
 from kvbm_jax import kernels
 from kvbm_jax.kernels import target
 from kvbm_jax.kernels.configs import CopyConfig, using
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 
 pytestmark = pytest.mark.core
 
@@ -58,6 +60,37 @@ def test_quantised_blocks_between_all_kinds(own, kind, dtype):
     if kind in RUNS:
         for with_out in (False, True):
             moves.check_gather_and_scatter(case, 4, kind, with_out=with_out)
+
+
+PLAIN, INT8 = ElementFormat("bfloat16"), ElementFormat("int8", quantized=True)
+FORMATS = [PLAIN, INT8, ElementFormat("float8_e4m3fn", quantized=True), ElementFormat("float32")]
+NARROW = {"num_layers": 2, "num_blocks": 4, "block_size": 2, "num_kv_heads": 3, "head_dim": 6}
+
+
+@pytest.mark.parametrize(("own", "there", "kind"), [(PLAIN, INT8, RUNS[0]), (INT8, PLAIN, RUNS[1])])
+def test_blocks_are_converted_on_the_way(own, there, kind):
+    moves.check_conversions(Case(KVLayout(**NARROW).with_format(own), "xla"), there, kind)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("own_kind", KINDS)
+@pytest.mark.parametrize(("own", "there"), list(itertools.permutations(FORMATS, 2)))
+def test_every_format_to_every_other(own_kind, own, there):
+    for kind in RUNS:
+        moves.check_conversions(Case(KVLayout(**NARROW, kind=own_kind).with_format(own), "xla"), there, kind)
+
+
+@pytest.mark.parametrize(("own", "there"), [(PLAIN, INT8), (INT8, PLAIN), (INT8, INT8)])
+def test_mosaic_refuses_what_it_cannot_move(own, there):
+    made = KVLayout(**SMALL).with_format(own)
+    arrays = tuple(jax.eval_shape(lambda: jax.tree.leaves(kv_cache.init(made))))
+    staging = made.with_format(there).staging(3)
+    with target.interpreted():
+        choice = kernels.OPERATIONS["gather_blocks"].choose(
+            None, arrays, made, jax.ShapeDtypeStruct((3,), "int32"), staging, None
+        )
+    assert choice.implementation == "xla"
+    assert choice.refusals["mosaic_gpu"]
 
 
 def test_the_interpreter_is_one_of_them():
