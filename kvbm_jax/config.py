@@ -29,6 +29,7 @@ from kvbm_jax import eviction, extensions
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import Consolidation, outlets
 from kvbm_jax.hashing import HashAlgorithm
+from kvbm_jax.layout import ElementFormat
 from kvbm_jax.tenants import TenantQuotas
 
 __all__ = ["CacheDtype", "EventConsolidation", "EventTransport", "KvBlockManagerConfig"]
@@ -43,11 +44,18 @@ _BOOLEANS = {"true": True, "1": True, "false": False, "0": False}
 
 
 class CacheDtype(enum.StrEnum):
-    """Element type of the cache on the device."""
+    """Element type of a cache, or of its blocks in the tiers below; those of 8 bits are quantised, and have scales."""
 
     BFLOAT16 = "bfloat16"
     FLOAT16 = "float16"
     FLOAT32 = "float32"
+    INT8 = "int8"
+    FLOAT8_E4M3FN = "float8_e4m3fn"
+
+    @property
+    def element_format(self) -> ElementFormat:
+        """What elements of this type are."""
+        return ElementFormat(str(self), quantized=self in {CacheDtype.INT8, CacheDtype.FLOAT8_E4M3FN})
 
 
 class EventTransport(enum.StrEnum):
@@ -98,7 +106,9 @@ class KvBlockManagerConfig:
     ] = None
     num_kv_heads: Annotated[int | None, _Says("key-value heads; unset: the model's", 1, _MAX_SLOTS)] = None
     head_dim: Annotated[int | None, _Says("elements of a head; unset: the model's", 1, _MAX_SLOTS)] = None
-    dtype: Annotated[CacheDtype, _Says("element type of the cache")] = CacheDtype.BFLOAT16
+    dtype: Annotated[CacheDtype, _Says("element type of the cache; int8 and float8_e4m3fn are quantised")] = (
+        CacheDtype.BFLOAT16
+    )
     hash_algorithm: Annotated[HashAlgorithm, _Says("how prefixes are hashed; xxh3_64 is Dynamo's")] = (
         HashAlgorithm.BLAKE3
     )
@@ -109,6 +119,10 @@ class KvBlockManagerConfig:
     offload_path: Annotated[pathlib.Path, _Says("folder of the disk tier; unset: in this user's cache folder")] = (
         dataclasses.field(default_factory=_user_cache)
     )
+    offload_dtype: Annotated[
+        CacheDtype | None,
+        _Says("element type of blocks below the device, converted on their way; unset: that of dtype"),
+    ] = None
     host_blocks: Annotated[int, _Says("blocks of the host tier, 0 for none; needs enable_offload", 0, _MAX_SLOTS)] = 0
     disk_budget: Annotated[
         int | None,

@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 
 from kvbm_jax import cache as kv_cache
 from kvbm_jax.errors import CacheLostError, ConfigError, LayoutError
+from kvbm_jax.kernels.quantize import Quantized, dequantize
 from kvbm_jax.layout import KVLayout
 
 __all__ = ["DeviceCache"]
@@ -43,12 +44,12 @@ class DeviceCache:
     @property
     def is_lost(self) -> bool:
         """Whether a program has destroyed the cache."""
-        return any(array.is_deleted() for array in self.value.arrays)
+        return any(array.is_deleted() for array in jax.tree.leaves(self.value))
 
     def renew(self) -> None:
         """Makes a new cache in the place of one that is lost; another one stays as it is."""
         if self.is_lost:
-            for array in self.value.arrays:
+            for array in jax.tree.leaves(self.value):
                 array.delete()  # what is left of it: there may be no room for both
             self.value = _fresh(self.value.layout)
 
@@ -87,7 +88,7 @@ class DeviceCache:
         """
         try:
             made = program(self.value, *args, **kwargs)
-            for array in made.arrays:
+            for array in jax.tree.leaves(made):
                 array.block_until_ready()
         except (RuntimeError, MemoryError) as error:
             raise ConfigError(
@@ -110,13 +111,15 @@ class DeviceCache:
         self.run(_store_layer, values, slots, layer=operator.index(layer))
 
     def load_layer(self, block_id: int, layer: int) -> jax.Array:
-        """Reads one layer of a block, [C, T, H, D].
+        """Reads one layer of a block, [C, T, H, D], float32 if the cache is quantised.
 
         Raises:
           LayoutError: if the layer does not exist.
         """
         array, first = kv_cache.layer_view(self.value, operator.index(layer))
-        return array[first + block_id]
+        scales = kv_cache.layer_scales(self.value, operator.index(layer))
+        block = array[first + block_id]
+        return block if scales is None else dequantize(Quantized(block, scales[first + block_id]), jnp.float32)
 
     def beside[T](self, tree: T) -> T:
         """Copies a pytree to the device of the cache: the caller may donate it."""

@@ -92,7 +92,7 @@ class DeviceTier:
         self.pool.warm_up()
         self.residency.warm_up(self.cache.value)
         if self.residency.has_tiers:
-            self.cache.run(staging.warm_up)
+            self.cache.run(staging.warm_up, self.residency.element_format)
 
     def start(self, row: int, hashes: NDArray[np.uint32], num_hashes: int, num_tokens: int, tenant: str) -> int:
         """Gives a sequence its blocks; returns the tokens that were cached. See `BlockPool.start`."""
@@ -107,7 +107,8 @@ class DeviceTier:
 
     def onboard(self, row: int, first: int, count: int, rows: NDArray[np.uint8]) -> None:
         """Writes rows u8[M, P], as they were loaded, into `count` blocks of a sequence from index `first` on."""
-        self.cache.run(staging.onboard, self.pool.table(row)[first : first + count], rows)
+        blocks = self.pool.table(row)[first : first + count]
+        self.cache.run(staging.onboard, blocks, rows, self.residency.element_format)
 
     def extend(self, num_tokens: NDArray[np.int32], max_blocks: int) -> NDArray[np.int32]:
         """Makes room for the next tokens of each row, i32[B]; returns i32[B] status. See `BlockPool.extend`."""

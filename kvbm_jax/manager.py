@@ -545,7 +545,7 @@ class BlockManager:
 
     @_in_turn
     def load_kv(self, block: Block, layer: int) -> jax.Array:
-        """Reads one layer of a block: [C, T, H, D], keys then values.
+        """Reads one layer of a block: [C, T, H, D], keys then values; float32 if the cache is quantised.
 
         Raises:
           BlockStateError: if the handle is stale.

@@ -15,6 +15,7 @@ from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
 from kvbm_jax.hashing import hash_bytes
 from kvbm_jax.interrupts import on_interrupt
+from kvbm_jax.layout import ElementFormat
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident, Wait
 from kvbm_jax.outcomes import EvictedBlocks
 from kvbm_jax.protocols import BlockKey, BlockRecord, MetricsSink, StoreStats, Tier
@@ -41,6 +42,11 @@ class Residency:
     def has_tiers(self) -> bool:
         """Whether there is any tier below."""
         return self._engine is not None
+
+    @property
+    def element_format(self) -> ElementFormat | None:
+        """What blocks are in the tiers below; None where there is none."""
+        return None if self._engine is None else self._engine.element_format
 
     @property
     def residents(self) -> list[Resident]:

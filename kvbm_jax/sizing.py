@@ -29,6 +29,7 @@ def layout_of(config: KvBlockManagerConfig) -> KVLayout:
         head_dim=config.head_dim or 0,
         block_size=config.block_size,
         dtype=config.dtype,
+        quantized=config.dtype.element_format.quantized,
     )
     if config.num_blocks is not None:
         return layout(num_blocks=config.num_blocks)

@@ -37,12 +37,14 @@ def open_engine(
 
     Args:
       config: says which tiers, if `stores` is None; see `open_stores` for what is raised then.
-      layout: of the cache.
+      layout: of the cache; blocks below it are of `offload_dtype`, if the configuration names one.
       stores: the fastest first.
       publisher: tells events.
       metrics: where measurements go.
       clock: for durations.
     """
+    if config.offload_dtype is not None:
+        layout = layout.with_format(config.offload_dtype.element_format)
     with contextlib.ExitStack() as opened:
         if stores is None:
             stores = open_stores(config, layout, clock)
@@ -65,6 +67,8 @@ def open_engine(
 
 def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) -> Sequence[BlockStore]:
     """Opens the stores that a configuration asks for, from the fastest down; none without `enable_offload`.
+
+    `layout` is that of the cache, in the element format of the tiers.
 
     Raises:
       ConfigError: if the disk tier has no `model_id`, its folder cannot be used, or memory cannot be had.

@@ -92,7 +92,7 @@ class OffloadEngine:
     """Owns the stores below the device. Its methods are called from one thread, that of the manager.
 
     Args:
-      layout: of the cache.
+      layout: of the cache, in the element format of the tiers.
       stores: G2, one slower store, or both; what they hold already is taken over.
       identity: what the cache's bytes mean, which a store that has an identity must share.
       publisher: tells events.
@@ -123,6 +123,7 @@ class OffloadEngine:
         self._tiers = VictimTiers[BlockKey](list(self._capacities.items()))
         roomy = [tier for tier, blocks in self._capacities.items() if blocks] or [Tier.G2]
         self._top, self._lowest = min(roomy), max(roomy)
+        self.element_format = layout.element_format
         self._block_bytes = layout.block_bytes
         self._max_bytes = max_bytes_in_flight
         self._metrics = metrics

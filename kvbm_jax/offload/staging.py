@@ -4,11 +4,12 @@ Order is kept by data dependence. Offloading dispatches a gather of the victims 
 that may overwrite them, so the blocks may be reused at once: no pin, no wait. Copying to the host happens later, in
 the background. Onboarding goes the other way: bytes that the host has verified are scattered into the donated cache.
 
-A staging array holds a fixed number of blocks in the layout `fully_contiguous`. Arrays form a ring: a gather writes
-into one by donation, so warm memory is used again, once its copy to the host is done. There are small arrays, for the
-block or two that a decode step evicts, and large ones.
+A staging array holds a fixed number of blocks in the layout `fully_contiguous`, in the element format of the tiers: if
+that is not the cache's, blocks are quantised or dequantised as they are gathered and scattered. Arrays form a ring: a
+gather writes into one by donation, so warm memory is used again, once its copy to the host is done. There are small
+arrays, for the block or two that a decode step evicts, and large ones.
 
-Axes: R rows (blocks) of a staging array; L, C, T, H, D as in `kvbm_jax.layout`; P bytes of a block.
+Axes: R rows (blocks) of a staging array; P bytes of a block.
 """
 
 import functools
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax import cache as kv_cache
-from kvbm_jax.layout import KVLayout
+from kvbm_jax.layout import ElementFormat, KVLayout
 
 __all__ = ["StagingRing", "onboard", "rows_for", "rows_of_array", "warm_up"]
 
@@ -33,13 +34,12 @@ class StagingRing:
     """Staging arrays for one cache layout.
 
     Args:
-      layout: of the cache.
+      layout: of the cache, in the element format of the tiers.
     """
 
     def __init__(self, layout: KVLayout) -> None:
-        self._block_shape = _block_shape(layout)
+        self._layout = layout
         self._block_bytes = layout.block_bytes
-        self._dtype = jnp.dtype(layout.dtype)
         self._free: dict[int, list[jax.Array]] = {rows: [] for rows in _row_counts(layout.block_bytes)}
         self._lock = threading.Lock()
 
@@ -55,13 +55,14 @@ class StagingRing:
         """
         sharding = cache.arrays[0].sharding
         arrays = []
-        for _, ids in _pieces(cache.layout, block_ids):
+        for _, ids in _pieces(block_ids, cache.layout.num_blocks, self._block_bytes):
             rows = len(ids)
             with self._lock:
                 target = self._free[rows].pop() if self._free[rows] else None
             if target is None:
-                target = jax.device_put(jnp.zeros((rows, *self._block_shape), self._dtype), sharding)
-            arrays.append(_gather(target, cache, ids))
+                staging = self._layout.staging(rows)
+                target = jax.device_put(jnp.zeros(staging.array_shape, staging.array_dtype), sharding)
+            arrays.append(_gather(target, cache, ids, self._layout.element_format))
         return arrays
 
     def release(self, arrays: Sequence[jax.Array]) -> None:
@@ -83,30 +84,35 @@ def rows_of_array(array: jax.Array) -> NDArray[np.uint8]:
 
 
 def onboard(
-    cache: kv_cache.KVCache, block_ids: NDArray[np.int32], rows: NDArray[np.uint8]
+    cache: kv_cache.KVCache,
+    block_ids: NDArray[np.int32],
+    rows: NDArray[np.uint8],
+    element_format: ElementFormat | None = None,
 ) -> tuple[kv_cache.KVCache, None]:
     """Scatters the first n of `rows` into blocks i32[n] of the cache, which it takes donated.
 
-    `rows` is u8[M, P], M as `rows_for` says. JAX's CPU device takes aligned memory over without a copy, so `rows` must
-    not be written as long as anything refers to it.
+    `rows` is u8[M, P], M as `rows_for` says, of the element format of the tiers; None for that of the cache. JAX's CPU
+    device takes aligned memory over without a copy, so `rows` must not be written as long as anything refers to it.
     """
-    layout, sharding = cache.layout, cache.arrays[0].sharding
-    blocks = rows.view(jnp.dtype(layout.dtype)).reshape(len(rows), *_block_shape(layout))
+    sharding, element_format = cache.arrays[0].sharding, element_format or cache.layout.element_format
+    staging = cache.layout.with_format(element_format).staging(len(rows))
+    blocks = rows.view(jnp.dtype(staging.array_dtype)).reshape(staging.array_shape)
     # Put explicitly, and all before the first scatter: as numpy arguments of a program they take several times longer.
     pieces = [
-        (ids, jax.device_put(blocks[first : first + len(ids)], sharding)) for first, ids in _pieces(layout, block_ids)
+        (ids, jax.device_put(blocks[first : first + len(ids)], sharding))
+        for first, ids in _pieces(block_ids, cache.layout.num_blocks, staging.block_bytes)
     ]
     for ids, piece in pieces:
-        cache = _scatter(cache, ids, piece)
+        cache = _scatter(cache, ids, piece, element_format)
     return cache, None
 
 
-def warm_up(cache: kv_cache.KVCache) -> tuple[kv_cache.KVCache, None]:
+def warm_up(cache: kv_cache.KVCache, element_format: ElementFormat | None = None) -> tuple[kv_cache.KVCache, None]:
     """Compiles what `onboard` runs, by scattering nothing; takes the cache donated."""
-    layout = cache.layout
+    layout = cache.layout.with_format(element_format or cache.layout.element_format)
     for rows in _row_counts(layout.block_bytes):
         nowhere = np.full((rows,), layout.num_blocks, np.int32)
-        cache, _ = onboard(cache, nowhere, np.zeros((rows, layout.block_bytes), np.uint8))
+        cache, _ = onboard(cache, nowhere, np.zeros((rows, layout.block_bytes), np.uint8), element_format)
     return cache, None
 
 
@@ -115,15 +121,15 @@ def rows_for(count: int, block_bytes: int) -> int:
     return sum(_sizes(count, block_bytes))
 
 
-def _pieces(layout: KVLayout, block_ids: NDArray[np.int32]) -> Iterator[tuple[int, NDArray[np.int32]]]:
+def _pieces(block_ids: NDArray[np.int32], padding: int, block_bytes: int) -> Iterator[tuple[int, NDArray[np.int32]]]:
     """Cuts blocks i32[n] into pieces of the sizes of staging arrays.
 
     Yields:
-      Index of the first block, and ids i32[R]; what pads the last piece names no block.
+      Index of the first block, and ids i32[R], padded by an id that names no block.
     """
     first = 0
-    for size in _sizes(len(block_ids), layout.block_bytes):
-        ids = np.full((size,), layout.num_blocks, np.int32)
+    for size in _sizes(len(block_ids), block_bytes):
+        ids = np.full((size,), padding, np.int32)
         part = block_ids[first : first + size]
         ids[: len(part)] = part
         yield first, ids
@@ -144,15 +150,17 @@ def _sizes(count: int, block_bytes: int) -> list[int]:
     return [large] * full + ([small] * few if few <= 2 else [large])
 
 
-def _block_shape(layout: KVLayout) -> tuple[int, ...]:
-    """[L, C, T, H, D]."""
-    return (layout.num_layers, layout.components, layout.block_size, layout.num_kv_heads, layout.head_dim)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _gather(
+    target: jax.Array, cache: kv_cache.KVCache, block_ids: jax.Array, element_format: ElementFormat
+) -> jax.Array:
+    """Gathers blocks i32[R] into a donated staging array of R rows."""
+    return kv_cache.gather_blocks(cache, block_ids, element_format=element_format, out=target)
 
 
-@functools.partial(jax.jit, donate_argnums=0)
-def _gather(target: jax.Array, cache: kv_cache.KVCache, block_ids: jax.Array) -> jax.Array:
-    """Gathers blocks i32[R] into a donated staging array [R, L, C, T, H, D]."""
-    return kv_cache.gather_blocks(cache, block_ids, out=target)
-
-
-_scatter = jax.jit(kv_cache.scatter_blocks, donate_argnums=0)
+@functools.partial(jax.jit, donate_argnums=0, static_argnums=3)
+def _scatter(
+    cache: kv_cache.KVCache, block_ids: jax.Array, blocks: jax.Array, element_format: ElementFormat
+) -> kv_cache.KVCache:
+    """Scatters a staging array of R rows to blocks i32[R] of the donated cache."""
+    return kv_cache.scatter_blocks(cache, block_ids, blocks, element_format=element_format)
