@@ -42,7 +42,7 @@ with needs("nats,zmq", "the bench of events"):
     import nats
     import zmq
 
-__all__ = ["measure"]
+__all__ = ["listening", "measure"]
 
 _BLOCK_SIZE = 16
 _TIMESTAMP = 1_700_000_000_500_000_000
@@ -133,8 +133,8 @@ def _zmq(timing: Timing, case: str, blocks: _Blocks, messages: int) -> Row:
         ends = publisher.endpoint, publisher.replay_endpoint or ""
         bare_end = socket.getsockopt_string(zmq.LAST_ENDPOINT)
         count = str(messages * per_message)
-        reader = stack.enter_context(_reader(["ours", *ends, count], lambda: publisher.publish(cleared)))
-        bare = stack.enter_context(_reader(["bare", bare_end, "", count], lambda: socket.send_multipart(greeting)))
+        reader = stack.enter_context(listening(["ours", *ends, count], lambda: publisher.publish(cleared)))
+        bare = stack.enter_context(listening(["bare", bare_end, "", count], lambda: socket.send_multipart(greeting)))
         return timing.compare(
             f"{case}, {messages:,} messages",
             _until_done(publish, reader),
@@ -144,8 +144,12 @@ def _zmq(timing: Timing, case: str, blocks: _Blocks, messages: int) -> Row:
 
 
 @contextlib.contextmanager
-def _reader(arguments: list[str], greet: Callable[[], object]) -> Iterator[Callable[[], str]]:
-    """Starts a reader, greets it until it has heard, and yields what waits for its next line."""
+def listening(arguments: list[str], greet: Callable[[], object]) -> Iterator[Callable[[], str]]:
+    """Starts a `bench.event_reader`, greets it until it has heard, and yields what waits for its next line.
+
+    Raises:
+      BenchError: It hears nothing.
+    """
     command = [sys.executable, "-m", "kvbm_jax.bench.event_reader", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 (our own module)
         try:

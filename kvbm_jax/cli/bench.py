@@ -16,7 +16,7 @@ __all__ = ["SUMMARY", "add_arguments", "run"]
 SUMMARY = "time parts of the library beside a baseline"
 _OFFLOAD = "time how blocks move between device, host memory and disk"
 _POOL = "time the bookkeeping of a server's step"
-_EVENTS = "time how events are published over ZeroMQ and to JetStream"
+_EVENTS = "time how events are published over ZeroMQ and to JetStream, and what that costs a decode step"
 _HASH = "time how the blocks of a sequence are hashed"
 
 
@@ -94,9 +94,9 @@ def _hash(args: argparse.Namespace) -> Report:
 
 
 def _events(args: argparse.Namespace) -> Report:
-    from kvbm_jax.bench.events import measure  # noqa: PLC0415 (the packages of the transports)
+    from kvbm_jax.bench import events, telling  # noqa: PLC0415 (the packages of the transports)
 
-    rows = _timed(args.repeats, measure, args.blocks)
+    rows = _timed(args.repeats, events.measure, args.blocks) + _timed(args.repeats, telling.measure)
     return _report("events", f"to {args.blocks:,} blocks a trial, medians of {args.repeats:,}", rows)
 
 

@@ -170,6 +170,8 @@ class NatsKvEventPublisher(Closing):
                     if (data := self._encoder.encode(batch, client.max_payload)) is not None
                 ]
                 if self._config.jetstream:
+                    if not self._unacknowledged:
+                        self._last_answer = time.monotonic()  # none was waited for
                     self._unacknowledged += sent
                 await self._send(client, inbox, sent)
                 await asyncio.sleep(0)  # answers are taken meanwhile
@@ -197,8 +199,6 @@ class NatsKvEventPublisher(Closing):
 
     async def _send(self, client: Client, inbox: str, messages: list[_Sent]) -> None:
         """Sends messages in order; the last of every few is to be acknowledged."""
-        if not self._unacknowledged:
-            self._last_answer = time.monotonic()
         for i, message in enumerate(messages):
             asks = self._config.jetstream and (i + 1 == len(messages) or i % _CHUNK == _CHUNK - 1)
             await client.publish(

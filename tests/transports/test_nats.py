@@ -16,6 +16,7 @@ from event_transports import nats_subscription as subscribe
 
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventGap, WorkerSnapshot
+from kvbm_jax.transports import nats_publisher as nats_publisher_module
 from kvbm_jax.transports import nats_server
 from kvbm_jax.transports.nats_connection import NatsConnection
 from kvbm_jax.transports.nats_publisher import NatsKvEventPublisher, NatsKvEventPublisherConfig
@@ -120,6 +121,16 @@ def test_a_durable_reader_whose_place_is_gone_gets_a_snapshot(place):
         with subscribe(place, durable="router") as subscription:
             view.follow(subscription, lambda view: len(view.claims) == 40)
     assert (view.snapshots, view.gaps) == (2, [])
+
+
+def test_who_had_nothing_to_say_for_long_is_no_broken_connection(place, monkeypatch, caplog):
+    monkeypatch.setattr(nats_publisher_module, "_PATIENCE", 1.0)
+    with publisher(place) as source:
+        for i in range(2):
+            source.publish(chain(1, first_event_id=i, seed=i))
+            assert source.flush(20)
+            threading.Event().wait(1.1)  # longer than an answer may take
+    assert caplog.messages == []
 
 
 def test_a_stream_is_replayed_from_a_sequence(place):
