@@ -261,6 +261,10 @@ def test_events_are_timed_beside_bare_loops(capsys):
         "zmq 64 blocks a message, 10 messages",
         "zmq 1 blocks a message, 160 messages",
         "jetstream one block a message, 64 messages",
+        "decode step, events over zmq",
+        "decode step, events to jetstream",
+        "decode step, metrics",
+        "decode step, nothing, once more",
     ]
     for row in found["rows"]:
         assert row["ratio"] == pytest.approx(row["baseline_seconds"] / row["seconds"])
