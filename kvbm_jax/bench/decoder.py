@@ -8,8 +8,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from kvbm_jax import SequenceBatch, attend, decode_batch
+from kvbm_jax.attention import attend, decode_batch
 from kvbm_jax.cache import KVCache
+from kvbm_jax.sequences import SequenceBatch
 
 __all__ = ["SMOLLM2_135M", "Sizes", "Weights", "decode", "init"]
 

@@ -23,14 +23,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from kvbm_jax import BlockManager, KvBlockManagerConfig
 from kvbm_jax.bench.decoder import SMOLLM2_135M, Sizes, Weights, decode, init
 from kvbm_jax.bench.events import listening
 from kvbm_jax.bench.timing import Row, Timing
 from kvbm_jax.cache import KVCache
-from kvbm_jax.config import CacheDtype
+from kvbm_jax.config import CacheDtype, KvBlockManagerConfig
 from kvbm_jax.events import EventType, KvEvent
 from kvbm_jax.handles import Sequence
+from kvbm_jax.manager import BlockManager
 from kvbm_jax.metrics import InMemoryMetrics, NullMetrics
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.nats_server import NatsServer
