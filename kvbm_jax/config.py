@@ -113,7 +113,8 @@ class KvBlockManagerConfig:
         HashAlgorithm.BLAKE3
     )
     gpu_memory_fraction: Annotated[
-        float, _Says("part of the free device memory that the cache may take", above=0, high=1)
+        float,
+        _Says("part of the device memory that is neither in use nor the step's which the cache takes", above=0, high=1),
     ] = 0.9
     enable_offload: Annotated[bool, _Says("use tiers below the device")] = False
     offload_path: Annotated[pathlib.Path, _Says("folder of the disk tier; unset: in this user's cache folder")] = (

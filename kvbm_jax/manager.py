@@ -106,9 +106,11 @@ class BlockManager:
     """Owns the pool (on JAX's CPU device), the cache (on the default device) and the tiers below it.
 
     Args:
-      config: sizes and choices; `num_layers`, `num_kv_heads`, `head_dim` and `num_blocks` must be set.
+      config: sizes and choices; `num_layers`, `num_kv_heads` and `head_dim` must be set, and on a CPU `num_blocks`.
       max_sequences: how many sequences may run at once.
       max_sequence_tokens: bound of the length of one; None = the whole pool.
+      step_bytes: device memory that the server's programs need while they run (`kvbm_jax.sizing.step_bytes`): where
+        `num_blocks` is unset, the cache leaves as much.
       metrics: where measurements go; None = nowhere. What it raises is logged, and changes nothing.
       observer: is told of requests, `kvbm_jax.monitoring.tracing.RequestTracer` for example; None for nobody.
       clock: time for events and durations; None = the system's.
@@ -133,6 +135,7 @@ class BlockManager:
         *,
         max_sequences: int = 8,
         max_sequence_tokens: int | None = None,
+        step_bytes: int = 0,
         metrics: MetricsSink | None = None,
         observer: RequestObserver[Sequence] | None = None,
         clock: Clock | None = None,
@@ -142,7 +145,7 @@ class BlockManager:
     ) -> None:
         self.config = config
         self._calls = Calls()
-        layout = layout_of(config)
+        layout = layout_of(config, step_bytes=step_bytes)
         limit = layout.num_slots if max_sequence_tokens is None else max_sequence_tokens
         if limit < 1 or max_sequences < 1:
             raise ConfigError(
