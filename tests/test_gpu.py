@@ -9,6 +9,7 @@ import pytest
 
 import kvbm_jax
 from kvbm_jax import BlockManager, KvBlockManagerConfig, KVLayout, cache, invariants, pool, sequences
+from kvbm_jax.sizing import layout_of
 
 pytestmark = pytest.mark.gpu
 
@@ -76,8 +77,9 @@ def test_store_works_in_place():
 
 def test_a_manager_keeps_its_pool_on_the_cpu_and_its_cache_on_the_gpu():
     config = KvBlockManagerConfig(block_size=16, num_layers=2, num_kv_heads=2, head_dim=64, gpu_memory_fraction=0.01)
+    assert 1 < layout_of(config, step_bytes=1 << 30).num_blocks < layout_of(config).num_blocks
     with BlockManager(config) as manager:
-        assert manager.layout.num_blocks > layout_of(config, step_bytes=1 << 30).num_blocks > 1
+        assert manager.layout.num_blocks > 1
         assert manager.cache.arrays[0].device.platform == "gpu"
         with manager.start(list(range(40))) as seq:
             assert manager.sequences.lengths.device.platform == "gpu"
