@@ -71,8 +71,9 @@ def test_a_shape_is_refused_and_said_once(caplog):
     ]
 
 
-def test_a_strided_copy_has_its_limit():
-    layout = KVLayout(1, 4, 8, 2, 512, "bfloat16")
+@pytest.mark.parametrize(("block_size", "head_dim", "reason"), [(8, 512, "head_dim 512"), (3, 72, "432 bytes a head")])
+def test_a_strided_copy_has_its_limits(block_size, head_dim, reason):
+    layout = KVLayout(1, 4, block_size, 2, head_dim, "bfloat16")
     arrays = (jax.ShapeDtypeStruct(layout.array_shape, layout.dtype),)
     permute = kernels.OPERATIONS["permute_blocks"]
     with on("NVIDIA H100 80GB HBM3"):
@@ -80,7 +81,7 @@ def test_a_strided_copy_has_its_limit():
             "mosaic_gpu"
         )
         refused = permute.choose(None, arrays, layout, layout.with_kind(LayoutKind.UNIVERSAL))
-    assert "head_dim 512" in refused.refusals["mosaic_gpu"]
+    assert reason in refused.refusals["mosaic_gpu"]
 
 
 def test_configs_come_from_the_caller_then_the_table_then_the_rule(monkeypatch):

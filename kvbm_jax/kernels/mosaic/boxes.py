@@ -24,6 +24,7 @@ __all__ = ["Side", "largest_divisor", "move_blocks", "refusal"]
 _MOST_ROWS = 16  # boxes of a tile
 _RUN = "CTHD"
 _ALIGNMENT = 16  # bytes
+_BOX_ALIGNMENT = 128  # bytes, of strided boxes in shared memory
 _MOST_STRIDED = 256  # elements along each axis of a strided copy
 
 
@@ -96,7 +97,7 @@ def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Arr
         piece = largest_divisor(unit, config.tile_bytes // itemsize)
         box, counts = {"P": piece}, {"L": layers, "P": unit // piece}
     else:
-        tokens = largest_divisor(sizes["T"], config.tile_bytes // (sizes["D"] * itemsize))
+        tokens = _tokens_of_box(sizes["T"], sizes["D"] * itemsize, config.tile_bytes)
         box = {"T": tokens, "D": sizes["D"]}
         counts = {"L": layers, "C": sizes["C"], "T": sizes["T"] // tokens, "H": sizes["H"]}
     here, there = _Place(source, box), _Place(target, box)
@@ -171,9 +172,20 @@ def refusal(layout: KVLayout, *others: KVLayout) -> str | None:
     kinds = [layout.kind, *(other.kind for other in others)]
     if (row := layout.head_dim * layout.itemsize) % _ALIGNMENT:
         return f"head_dim {layout.head_dim} in {layout.dtype} is {row} bytes, not a multiple of {_ALIGNMENT}"
-    if LayoutKind.UNIVERSAL in kinds and layout.num_kv_heads > 1 and layout.head_dim > _MOST_STRIDED:
+    if LayoutKind.UNIVERSAL not in kinds or layout.num_kv_heads == 1:
+        return None
+    if layout.head_dim > _MOST_STRIDED:
         return f"universal with head_dim {layout.head_dim}: strided copies have at most {_MOST_STRIDED} elements a row"
+    if (box := layout.block_size * row) % _BOX_ALIGNMENT:
+        return f"universal with {box} bytes a head and block: strided copies want a multiple of {_BOX_ALIGNMENT}"
     return None
+
+
+def _tokens_of_box(block_size: int, row_bytes: int, limit: int) -> int:
+    """How many tokens of a head a box has: as many as fit a tile, so that boxes lie aligned in shared memory."""
+    aligned = [d for d in range(1, block_size + 1) if block_size % d == 0 and d * row_bytes % _BOX_ALIGNMENT == 0]
+    fitting = [d for d in aligned if d <= _MOST_STRIDED and d * row_bytes <= limit]
+    return max(fitting) if fitting else min(aligned)
 
 
 def _without_heads(side: Side) -> Side:
