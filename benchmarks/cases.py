@@ -39,8 +39,9 @@ class Case:
       must_move: bytes that have to be read, and those that have to be written.
       large_bytes: what no temporary may reach: the bytes of one layer of the cache.
       call: the operation, of `implementation=` and of the arguments.
-      arguments: random ones, of a key; may be traced.
+      arguments: some, other ones for another seed, u32[]; may be traced.
       donated: numbers of the arguments that are updated in place.
+      heads: H, the size of the axes that a mesh may share out among its devices; 0 if there are none.
     """
 
     operation: str
@@ -49,8 +50,9 @@ class Case:
     must_move: int
     large_bytes: int
     call: Callable[..., Any]
-    arguments: Callable[[jax.Array], Arguments]
+    arguments: Callable[[Any], Arguments]
     donated: tuple[int, ...] = ()
+    heads: int = 0
 
     @property
     def name(self) -> str:
@@ -60,8 +62,7 @@ class Case:
     @property
     def shapes(self) -> Arguments:
         """Of the arguments."""
-        key = jax.eval_shape(lambda: jax.random.key(0))
-        shapes: Arguments = jax.eval_shape(self.arguments, key)
+        shapes: Arguments = jax.eval_shape(self.arguments, jnp.uint32(0))
         return shapes
 
     def function(self, implementation: Implementation | None) -> Callable[..., Any]:
@@ -123,12 +124,13 @@ def _rows(shape: str, layout: KVLayout, tokens: int) -> Iterator[Case]:
         "unit_bytes": row * layout.itemsize,
         "must_move": 2 * tokens * layout.components * row * layout.itemsize,
         "large_bytes": layer_bytes(layout),
+        "heads": layout.num_kv_heads,
     }
 
-    def given(key: jax.Array) -> Arguments:
-        keys = jax.random.split(key, layout.components + 2)
-        parts = tuple(values(key, (tokens, layout.num_kv_heads, layout.head_dim), layout.dtype) for key in keys[2:])
-        return values(keys[0], layout.array_shape, layout.dtype), parts, distinct(keys[1], layout.num_slots, tokens)
+    def given(seed: Any) -> Arguments:
+        shape = (tokens, layout.num_kv_heads, layout.head_dim)
+        parts = tuple(values(seed + 1 + component, shape, layout.dtype) for component in range(layout.components))
+        return values(seed, layout.array_shape, layout.dtype), parts, distinct(seed, layout.num_slots, tokens)
 
     def store(implementation: Implementation | None, array: Any, parts: Any, slots: Any) -> Any:
         return kernels.store_kv(array, parts, slots, implementation=implementation)
@@ -137,17 +139,16 @@ def _rows(shape: str, layout: KVLayout, tokens: int) -> Iterator[Case]:
         return kernels.load_kv(array, slots, implementation=implementation)
 
     yield Case("store_kv", shape, call=store, arguments=given, donated=(0,), **sizes)
-    yield Case("load_kv", shape, call=load, arguments=lambda key: given(key)[::2], **sizes)
+    yield Case("load_kv", shape, call=load, arguments=lambda seed: given(seed)[::2], **sizes)
 
 
 def _store_in_all_layers(shape: str, layout: KVLayout, tokens: int) -> Case:
     """As a model does it: one program, a store for each layer of a cache."""
     token = layout.num_kv_heads * layout.head_dim * layout.itemsize
 
-    def given(key: jax.Array) -> Arguments:
-        keys = jax.random.split(key, 4)
-        rows = (values(key, (tokens, layout.num_kv_heads, layout.head_dim), layout.dtype) for key in keys[2:])
-        return kv.KVCache(cache_of(keys[0], layout), layout), *rows, distinct(keys[1], layout.num_slots, tokens)
+    def given(seed: Any) -> Arguments:
+        rows = (values(seed + i, (tokens, layout.num_kv_heads, layout.head_dim), layout.dtype) for i in (1, 2))
+        return kv.KVCache(cache_of(seed + 3, layout), layout), *rows, distinct(seed, layout.num_slots, tokens)
 
     def store(implementation: Implementation | None, cache: kv.KVCache, keys: Any, rows: Any, slots: Any) -> Any:
         for layer in range(layout.num_layers):
@@ -156,7 +157,8 @@ def _store_in_all_layers(shape: str, layout: KVLayout, tokens: int) -> Case:
 
     moved = 2 * tokens * layout.num_layers * layout.components * token
     about = f"{shape}, all of {layout.kind}"
-    return Case("store_kv", about, token, moved, layer_bytes(layout), call=store, arguments=given, donated=(0,))
+    large, heads = layer_bytes(layout), layout.num_kv_heads
+    return Case("store_kv", about, token, moved, large, call=store, arguments=given, donated=(0,), heads=heads)
 
 
 def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Iterator[Case]:
@@ -166,12 +168,12 @@ def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Itera
         "unit_bytes": unit_bytes(layout, staging),
         "must_move": 2 * staging.total_bytes,
         "large_bytes": layer_bytes(layout),
+        "heads": layout.num_kv_heads,
     }
 
-    def given(key: jax.Array) -> Arguments:
-        keys = jax.random.split(key, 3)
-        blocks = values(keys[2], staging.array_shape, layout.dtype)
-        return cache_of(keys[0], layout), distinct(keys[1], layout.num_blocks, count), blocks
+    def given(seed: Any) -> Arguments:
+        blocks = values(seed, staging.array_shape, layout.dtype)
+        return cache_of(seed + 1, layout), distinct(seed, layout.num_blocks, count), blocks
 
     def gather(implementation: Implementation | None, arrays: Any, ids: Any, out: Any) -> Any:
         return kernels.gather_blocks(arrays, layout, ids, kind=run, out=out, implementation=implementation)
@@ -185,10 +187,9 @@ def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Itera
 
 
 def _copy(shape: str, layout: KVLayout, count: int, *, disjoint: bool) -> Case:
-    def given(key: jax.Array) -> Arguments:
-        keys = jax.random.split(key)
-        ids = distinct(keys[1], layout.num_blocks, 2 * count)
-        return cache_of(keys[0], layout), ids[:count], ids[count:] if disjoint else jnp.roll(ids[:count], 1)
+    def given(seed: Any) -> Arguments:
+        ids = distinct(seed, layout.num_blocks, 2 * count)
+        return cache_of(seed, layout), ids[:count], ids[count:] if disjoint else jnp.roll(ids[:count], 1)
 
     def copy(implementation: Implementation | None, arrays: Any, sources: Any, targets: Any) -> Any:
         return kernels.copy_blocks(arrays, layout, sources, targets, disjoint=disjoint, implementation=implementation)
@@ -202,6 +203,7 @@ def _copy(shape: str, layout: KVLayout, count: int, *, disjoint: bool) -> Case:
         call=copy,
         arguments=given,
         donated=(0,),
+        heads=layout.num_kv_heads,
     )
 
 
@@ -216,7 +218,8 @@ def _permute(shape: str, layout: KVLayout, kind: LayoutKind) -> Case:
         2 * layout.total_bytes,
         layer_bytes(layout),
         call=permute,
-        arguments=lambda key: (cache_of(key, layout),),
+        arguments=lambda seed: (cache_of(seed, layout),),
+        heads=layout.num_kv_heads,
     )
 
 
@@ -224,10 +227,10 @@ def _advance(batch: int) -> Case:
     """A decode step of rows that hold some blocks; every other row needs one more."""
     width, size, pool_blocks = 128, 16, 128 * batch + batch
 
-    def given(key: jax.Array) -> Arguments:
-        held = jax.random.randint(key, (batch,), 1, width)
-        lengths = held * size - jnp.arange(batch) % 2
-        blocks = jax.random.permutation(key, pool_blocks).astype(jnp.int32)
+    def given(seed: Any) -> Arguments:
+        held = 1 + (_mixed(seed, (batch,)) % (width - 1)).astype(jnp.int32)
+        lengths = held * size - jnp.arange(batch, dtype=jnp.int32) % 2
+        blocks = jnp.arange(pool_blocks, dtype=jnp.int32)
         tables = jnp.where(
             jnp.arange(width)[None] < held[:, None], blocks[: batch * width].reshape(batch, width), pool_blocks
         )
@@ -244,20 +247,32 @@ def _advance(batch: int) -> Case:
     return Case("advance", f"{batch} rows", 0, 4 * ints, tables, call=advance, arguments=given, donated=(0, 1))
 
 
-def values(key: jax.Array, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """Small integers, as numbers of a dtype."""
-    return jax.random.randint(key, shape, -8, 8, jnp.int8).astype(dtype)
+def values(seed: Any, shape: tuple[int, ...], dtype: str) -> jax.Array:
+    """Integers from -8 to 7 in no order, as numbers of a dtype."""
+    return ((_mixed(seed, shape) & 15).astype(jnp.int8) - 8).astype(dtype)
 
 
-def cache_of(key: jax.Array, layout: KVLayout) -> tuple[jax.Array, ...]:
+def cache_of(seed: Any, layout: KVLayout) -> tuple[jax.Array, ...]:
     """The arrays of a cache."""
-    keys = jax.random.split(key, layout.num_arrays)
-    return tuple(values(key, layout.array_shape, layout.dtype) for key in keys)
+    return tuple(values(seed + 100 * number, layout.array_shape, layout.dtype) for number in range(layout.num_arrays))
 
 
-def distinct(key: jax.Array, limit: int, count: int) -> jax.Array:
-    """Numbers below a limit, i32[count], all different; the one in the middle is the limit itself."""
-    return jax.random.permutation(key, limit)[:count].astype(jnp.int32).at[count // 2].set(limit)
+def distinct(seed: Any, limit: int, count: int) -> jax.Array:
+    """Numbers below a limit, i32[count], all different, none near the next; the middle one is the limit itself."""
+    step = next(step for step in range(int(limit * 0.618), 0, -1) if math.gcd(step, limit) == 1)
+    if (last := step * (count + 1)) >= 2**32:
+        raise ValueError(f"{count} numbers in steps of {step} reach {last}, beyond 32 bits")
+    first = _mixed(seed, ()) % step
+    numbers = (first + step * jnp.arange(count, dtype=jnp.uint32)) % limit
+    return numbers.astype(jnp.int32).at[count // 2].set(limit)
+
+
+def _mixed(seed: Any, shape: tuple[int, ...]) -> jax.Array:
+    """Numbers in no order, u32[shape]; jax.random would be slow to compile on a CPU for so many cases."""
+    bits = jax.lax.iota(jnp.uint32, math.prod(shape)).reshape(shape) + jnp.uint32(seed) * jnp.uint32(0x9E3779B9)
+    for shift, factor in ((16, 0x7FEB352D), (15, 0x846CA68B)):
+        bits = (bits ^ (bits >> shift)) * jnp.uint32(factor)
+    return bits ^ (bits >> 16)
 
 
 def layer_bytes(layout: KVLayout) -> int:

@@ -22,7 +22,7 @@ import jax
 import jaxlib
 
 from benchmarks.cases import FULL, Case, all_cases
-from benchmarks.h100_compile import MARK, Launch, Program
+from benchmarks.h100_compile import KERNEL, MARK, SHARED, SHARED_DEVICES, XLA, Launch, Program, programs
 from kvbm_jax.kernels import configs, target
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
@@ -80,7 +80,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Unavailable as error:
         print(f"benchmarks.h100: {error}", file=sys.stderr)
         return 2
-    wrong = [f"{one.program.implementation} {one.case.name}: {fault}" for one in found for fault in faults(one)]
+    wrong = [f"{one.case.name}, {one.program.how}: {fault}" for one in found for fault in faults(one)]
     for line in wrong:
         print(line, file=sys.stderr)
     head, _, _ = args.report.read_text(encoding="utf-8").partition(BEGIN)
@@ -144,7 +144,7 @@ def compile_all(python: pathlib.Path) -> list[Compiled]:
         for process in started:
             process.kill()
             process.wait()
-    return sorted(_read(outputs), key=lambda one: one.program.implementation)
+    return list(_read(outputs))
 
 
 def _read(outputs: Sequence[str]) -> Iterator[Compiled]:
@@ -162,12 +162,9 @@ def _read(outputs: Sequence[str]) -> Iterator[Compiled]:
             new = (name for name in program.kernels if name not in known)
             known |= zip(new, kernels_of("\n".join(dumped)), strict=True)
             kernels = [known[name] for name in program.kernels]
-            found[program.implementation, program.name] = Compiled(cases[program.name], program, kernels)
+            found[program.how, program.name] = Compiled(cases[program.name], program, kernels)
             dumped = []
-    for name in cases:
-        for implementation in ("mosaic_gpu", "xla"):
-            if (implementation, name) in found:
-                yield found[implementation, name]
+    yield from (found[how, case.name] for case, how in programs())
 
 
 def kernels_of(dump: str) -> Iterator[Kernel]:
@@ -185,7 +182,7 @@ def kernels_of(dump: str) -> Iterator[Kernel]:
 def faults(compiled: Compiled) -> Iterator[str]:
     """What must not be, in words."""
     case, program = compiled.case, compiled.program
-    if program.implementation == "mosaic_gpu" and not (compiled.kernels and program.launches):
+    if program.how == KERNEL and not (compiled.kernels and program.launches):
         yield f"{len(compiled.kernels)} kernels compiled, {len(program.launches)} launched"
     for kernel in compiled.kernels:
         if kernel.spill_bytes or kernel.stack_bytes:
@@ -197,8 +194,11 @@ def faults(compiled: Compiled) -> Iterator[str]:
             yield f"{asked:,} bytes of shared memory for a multiprocessor, which has {_CORE_BYTES:,}"
     if program.aliased_bytes != program.donated_bytes:
         yield f"{program.donated_bytes:,} bytes are donated, {program.aliased_bytes:,} updated in place"
-    if program.temporary_bytes >= case.large_bytes:
-        yield f"{program.temporary_bytes:,} bytes of temporaries, of at most {case.large_bytes:,}"
+    limit = case.large_bytes // (SHARED_DEVICES if program.how == SHARED else 1)
+    if program.temporary_bytes >= limit:
+        yield f"{program.temporary_bytes:,} bytes of temporaries, of at most {limit:,}"
+    if program.collectives:
+        yield f"devices talk: {', '.join(program.collectives)}"
     yield from (f"copies a layer: {line}" for line in program.copies)
 
 
@@ -219,17 +219,18 @@ def report(found: Sequence[Compiled]) -> str:
     lines += [
         "| " + " | ".join((*key_of(one.case), *measured(one), *bounds(one.case))) + " |"
         for one in found
-        if one.program.implementation == "mosaic_gpu"
+        if one.program.how == KERNEL
     ]
     lines += [
-        "\nThe same operations in XLA, where they work in place:\n",
-        "| operation | case | in place MiB | temporary KiB |",
-        "|---|---|---|---|",
+        "\nThe same otherwise, bytes of a device:\n",
+        "| operation | case | how | in place MiB | temporary KiB |",
+        "|---|---|---|---|---|",
     ]
     for one in found:
-        if one.program.implementation == "xla":
+        if one.program.how in (SHARED, XLA):
             in_place, temporary = one.program.aliased_bytes / 2**20, one.program.temporary_bytes / 2**10
-            lines.append(f"| `{one.case.operation}` | {one.case.about} | {in_place:,.0f} | {temporary:,.2f} |")
+            cells = (f"`{one.case.operation}`", one.case.about, one.program.how)
+            lines.append(f"| {' | '.join(cells)} | {in_place:,.0f} | {temporary:,.2f} |")
     return "\n".join(lines) + "\n"
 
 

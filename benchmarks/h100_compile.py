@@ -19,11 +19,14 @@ import jax
 from jax.experimental import topologies
 from jax.sharding import AbstractDevice, AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
-from benchmarks.cases import FULL, Case, all_cases
+from benchmarks.cases import FULL, SEPARATE, Case, all_cases
 from kvbm_jax.kernels import target
 from kvbm_jax.kernels.dispatch import Implementation
 
 MARK = "=== compiled "
+KERNEL, XLA = "kernel", "XLA"
+SHARED_DEVICES = 8
+SHARED = f"kernel, heads on {SHARED_DEVICES} devices"
 _TARGET = """
 gpu_device_info {
   threads_per_block_limit: 1024 threads_per_warp: 32 threads_per_core_limit: 2048
@@ -40,7 +43,8 @@ runtime_version { major: 12 minor: 8 patch: 0 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
 _NEW = re.compile(r"= \(?(\w+)\[([\d,]+)\]\S* (?:copy|copy-start|transpose|broadcast|concatenate|pad)\(")
-_SHARED = re.compile(r"Ref<smem>\{(\w+)\[([\d,]+)\]\}")
+_COLLECTIVE = re.compile(r"\b(all-gather|all-reduce|all-to-all|collective-\w+|reduce-scatter)(?:-start)?\(")
+_SHARED_MEMORY = re.compile(r"Ref<smem>\{(\w+)\[([\d,]+)\]\}")
 _HASH = re.compile(r'kernel_hash = ("(?:[^"\\]|\\.)*")')
 _BARRIER_BYTES = 8
 
@@ -58,49 +62,60 @@ class Program:
     """What is said of a compiled case, but for its machine code."""
 
     name: str
-    implementation: Implementation
+    how: str
     launches: list[Launch]
     kernels: list[str]  # hashes; the machine code of each is dumped where a process meets it first
     donated_bytes: int
     aliased_bytes: int
     temporary_bytes: int
     copies: list[str]  # instructions that make a new array as large as a layer
+    collectives: list[str]  # their names
 
 
 def main(argv: Sequence[str]) -> None:
     """Compiles every STEP-th case."""
     first, step = map(int, argv)
-    for case, implementation in programs()[first::step]:
-        program = inspect(case, implementation)
+    for case, how in programs()[first::step]:
+        program = inspect(case, how)
         print(MARK + json.dumps(dataclasses.asdict(program)), flush=True)
 
 
-def programs() -> list[tuple[Case, Implementation]]:
-    """Every case as a kernel, and those that work in place in XLA too."""
+def programs() -> list[tuple[Case, str]]:
+    """Every case and how it is compiled; of the first shape also in XLA, and with its heads on many devices."""
     cases = all_cases(FULL)
-    first = next(iter(FULL.shapes))
-    plain = [case for case in cases if case.donated and (case.about.startswith(first) or not case.unit_bytes)]
-    return [*((case, "mosaic_gpu") for case in cases), *((case, "xla") for case in plain)]
+    first = [case for case in cases if case.about.startswith(next(iter(FULL.shapes)))]
+    return [
+        *((case, KERNEL) for case in cases),
+        *((case, SHARED) for case in first if SEPARATE in case.about or case.about in FULL.shapes),
+        *((case, XLA) for case in first if case.donated),
+    ]
 
 
-def inspect(case: Case, implementation: Implementation) -> Program:
-    """Compiles a case for one H100 and reads what came out."""
-    with on_h100s(1) as mesh:
-        whole = NamedSharding(mesh, PartitionSpec())
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=whole), case.shapes)
+def inspect(case: Case, how: str) -> Program:
+    """Compiles a case for H100s and reads what came out; bytes are those of one device."""
+    devices = SHARED_DEVICES if how == SHARED else 1
+    with on_h100s(devices) as mesh:
+
+        def placed(x: Any) -> Any:
+            spec = PartitionSpec(*("heads" if devices > 1 and size == case.heads else None for size in x.shape))
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+        shapes = jax.tree.map(placed, case.shapes)
+        implementation: Implementation = "xla" if how == XLA else "mosaic_gpu"
         traced = jax.jit(case.function(implementation), donate_argnums=case.donated).trace(*shapes)
         compiled = traced.lower().compile()
     memory, text = compiled.memory_analysis(), compiled.as_text()
     donated = jax.tree.leaves([shapes[number] for number in case.donated])
     return Program(
         case.name,
-        implementation,
-        list(launches(traced.jaxpr)),
+        how,
+        list(launches(traced.jaxpr)) if how == KERNEL else [],
         list(dict.fromkeys(_HASH.findall(text))),
-        donated_bytes=sum(x.size * x.dtype.itemsize for x in donated),
+        donated_bytes=sum(x.size * x.dtype.itemsize for x in donated) // devices,
         aliased_bytes=memory.alias_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
-        copies=list(large_copies(text, case.large_bytes)),
+        copies=list(large_copies(text, case.large_bytes // devices)),
+        collectives=_COLLECTIVE.findall(text),
     )
 
 
@@ -120,7 +135,7 @@ def launches(jaxpr: Any) -> Iterator[Launch]:
     for equation in equations(jaxpr, "mpmd_map"):
         (mesh,), (kernel,) = equation.params["meshes"], equation.params["jaxprs"]
         variables = (v for each in equations(kernel, "run_scoped") for v in each.params["jaxpr"].invars)
-        refs = (_SHARED.fullmatch(str(variable.aval)) for variable in variables)
+        refs = (_SHARED_MEMORY.fullmatch(str(variable.aval)) for variable in variables)
         yield Launch(math.prod(mesh.grid), sum(_bytes(ref[1], ref[2]) for ref in refs if ref))
 
 

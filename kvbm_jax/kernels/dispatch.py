@@ -85,7 +85,7 @@ class Operation[**P, R]:
     def _refusal(self, implementation: Implementation, *args: P.args, **kwargs: P.kwargs) -> str | None:
         if implementation == "xla":
             return None
-        if reason := _DEVICES[implementation]():
+        if reason := _DEVICES[implementation]() or target.axes_refusal((args, kwargs)):
             return reason
         reason = self._module(implementation).refusal(*args, **kwargs)
         return None if reason is None else str(reason)

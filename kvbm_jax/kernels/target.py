@@ -7,11 +7,11 @@ lowered and compiled for it, and in `interpreted()` kernels run on the CPU, slow
 import contextlib
 import re
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["H100", "Target", "current", "interpreted", "refusal"]
+__all__ = ["H100", "Target", "axes_refusal", "current", "interpreted", "is_interpreting", "refusal"]
 
 _KINDS = (  # name of a device, in part, and its compute capability
     (r"H100|H200|H800|H20\b|GH200", (9, 0)),
@@ -46,9 +46,14 @@ def interpreted() -> Iterator[None]:
         _interpreting -= 1
 
 
+def is_interpreting() -> bool:
+    """Returns whether programs traced now are for the interpreter, which runs on one device."""
+    return _interpreting > 0
+
+
 def current() -> Target | None:
     """Returns the GPU that programs traced now run on; None if that is no NVIDIA GPU."""
-    if _interpreting:
+    if is_interpreting():
         return H100
     if (abstract := jax.sharding.get_abstract_mesh().abstract_device) is not None:
         if abstract.platform not in ("gpu", "cuda"):
@@ -74,6 +79,18 @@ def refusal() -> str | None:
             f"{target.capability[0]}.{target.capability[1]}"
         )
     return None
+
+
+def axes_refusal(operands: Any) -> str | None:
+    """Returns why no Mosaic kernel can take these operands, a pytree, for the mesh axes that they vary along, or None.
+
+    Kernels write to references; within a `shard_map` that checks types, references to what varies are not to be had.
+    """
+    arrays = (leaf for leaf in jax.tree.leaves(operands) if isinstance(leaf, jax.Array))
+    varying = {axis for array in arrays for axis in jax.typeof(array).manual_axis_type.varying}
+    if not varying:
+        return None
+    return f"it is called in a shard_map over {', '.join(map(str, sorted(varying)))} that needs check_vma=False"
 
 
 def _capability(kind: str) -> tuple[int, int]:

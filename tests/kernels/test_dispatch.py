@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
+from jax.sharding import PartitionSpec as P
 
 from kvbm_jax import kernels
 from kvbm_jax.kernels import configs, dispatch, target
@@ -55,6 +56,28 @@ def test_on_other_devices_it_is_refused(kind, platform, reason):
         assert STORE.choose(None, *store_args()).implementation == "xla"
         with pytest.raises(NotImplementedError, match=reason):
             STORE.choose("mosaic_gpu", *store_args())
+
+
+def test_in_a_shard_map_that_checks_types_it_is_refused():
+    mesh = jax.make_mesh((1,), ("heads",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = (P(None, None, None, "heads"), P(None, "heads"), P())
+    choices = {}
+
+    def choose(check):
+        def inner(array, rows, slots):
+            choices[check] = STORE.choose(None, array, (rows, rows), slots)
+            return array
+
+        array, (rows, _), slots = store_args()
+        jax.eval_shape(
+            jax.shard_map(inner, mesh=mesh, in_specs=specs, out_specs=specs[0], check_vma=check), array, rows, slots
+        )
+
+    with target.interpreted():
+        choose(check=True)
+        choose(check=False)
+    assert choices[True].refusals["mosaic_gpu"] == "it is called in a shard_map over heads that needs check_vma=False"
+    assert choices[False].implementation == "mosaic_gpu"
 
 
 def test_a_shape_is_refused_and_said_once(caplog):

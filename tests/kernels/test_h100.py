@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks import h100
 from benchmarks.cases import FULL, Case, all_cases
-from benchmarks.h100_compile import Launch, Program, large_copies, launches, programs
+from benchmarks.h100_compile import KERNEL, Launch, Program, large_copies, launches, programs
 from kvbm_jax.kernels import target
 
 pytestmark = pytest.mark.core
@@ -58,7 +58,7 @@ def test_copies_of_a_layer_are_seen_in_compiled_text():
 def sound():
     case = Case("store_kv", "toy", 16, 64, 1000, lambda *_: None, lambda _: (), (0,))
     launch = Launch(132, 1000)
-    program = Program(case.name, "mosaic_gpu", [launch], ["a"], 4000, 4000, 999, [])
+    program = Program(case.name, KERNEL, [launch], ["a"], 4000, 4000, 999, [], [])
     return h100.Compiled(case, program, [h100.Kernel(8, 0, 0, NONE)])
 
 
@@ -72,6 +72,7 @@ def test_a_sound_program_has_no_fault():
         ({"aliased_bytes": 0}, "4,000 bytes are donated, 0 updated in place"),
         ({"temporary_bytes": 1000}, "1,000 bytes of temporaries, of at most 1,000"),
         ({"copies": ["x = copy(y)"]}, "copies a layer: x = copy"),
+        ({"collectives": ["all-gather"]}, "devices talk: all-gather"),
         ({"launches": []}, "1 kernels compiled, 0 launched"),
         ({"launches": [Launch(132, 0)]}, "no shared memory"),
         (
@@ -105,10 +106,10 @@ def test_cases_have_names_of_their_own_and_every_operation_that_has_a_kernel():
 def test_the_report_in_the_docs_is_of_these_cases():
     _, _, generated = h100.REPORT.read_text(encoding="utf-8").partition(h100.BEGIN)
     rows = [line.strip("| ").split(" | ") for line in generated.splitlines() if line.startswith("| `")]
-    kernels = [(tuple(row[:3]), tuple(row[-2:])) for row in rows if len(row) > 4]
+    kernels = [(tuple(row[:3]), tuple(row[-2:])) for row in rows if len(row) > 5]
     assert kernels == [(h100.key_of(case), h100.bounds(case)) for case in all_cases(FULL)]
-    plain = [tuple(row[:2]) for row in rows if len(row) == 4]
-    assert plain == [(f"`{case.operation}`", case.about) for case, how in programs() if how == "xla"]
+    others = [tuple(row[:3]) for row in rows if len(row) == 5]
+    assert others == [(f"`{case.operation}`", case.about, how) for case, how in programs() if how != KERNEL]
 
 
 @pytest.mark.long

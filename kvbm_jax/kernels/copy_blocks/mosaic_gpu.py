@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kvbm_jax.kernels.mosaic import boxes
 from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
+from kvbm_jax.kernels.mosaic.heads import by_heads
 from kvbm_jax.layout import KVLayout
 
 __all__ = ["copy_blocks", "refusal"]
@@ -20,7 +21,7 @@ def copy_blocks(
     """See `kvbm_jax.kernels.copy_blocks`."""
     count = sources.shape[0]
 
-    def copied(array: jax.Array) -> jax.Array:
+    def copied(sources: jax.Array, targets: jax.Array, array: jax.Array) -> jax.Array:
         source = Side(array, layout.axes, sources)
         if not disjoint:
             shape = [count if axis == "N" else size for axis, size in zip(layout.axes, array.shape, strict=True)]
@@ -28,7 +29,11 @@ def copy_blocks(
             source = Side(move_blocks("copy_blocks", source, between, count=count), layout.axes)
         return move_blocks("copy_blocks", source, Side(array, layout.axes, targets), count=count)
 
-    return tuple(copied(array) for array in arrays)
+    def copy(sources: jax.Array, targets: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(copied(sources, targets, array) for array in arrays)
+
+    given = [(sources, "M"), (targets, "M"), *((array, layout.axes) for array in arrays)]
+    return by_heads(copy, given, [layout.axes] * len(arrays))
 
 
 def refusal(

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 
 from kvbm_jax.kernels.mosaic import boxes
 from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
+from kvbm_jax.kernels.mosaic.heads import by_heads
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["gather_blocks", "refusal"]
@@ -21,11 +22,17 @@ def gather_blocks(
     if out is None:
         out = jnp.empty(staging.array_shape, staging.dtype)
     separate = layout.kind is LayoutKind.LAYER_SEPARATE
-    for layer, array in enumerate(arrays):
-        source = Side(array, layout.axes, block_ids)
-        target = Side(out, staging.axes, layer=layer if separate else None)
-        out = move_blocks("gather_blocks", source, target, count=staging.num_blocks)
-    return out
+
+    def gather(block_ids: jax.Array, out: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
+        for layer, array in enumerate(arrays):
+            source = Side(array, layout.axes, block_ids)
+            target = Side(out, staging.axes, layer=layer if separate else None)
+            out = move_blocks("gather_blocks", source, target, count=staging.num_blocks)
+        return (out,)
+
+    run = staging.axes.replace("N", "M")
+    (gathered,) = by_heads(gather, [(block_ids, "M"), (out, run), *((array, layout.axes) for array in arrays)], [run])
+    return gathered
 
 
 def refusal(

@@ -16,7 +16,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvbm_jax.kernels.configs import copy_config
-from kvbm_jax.kernels.mosaic.pipeline import Refs, bring, move, shape_of
+from kvbm_jax.kernels.mosaic.pipeline import Refs, bring, in_place, move, shape_of
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["Side", "largest_divisor", "move_blocks", "refusal"]
@@ -85,7 +85,7 @@ def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Arr
     Returns:
       The target's array.
     """
-    in_place, shape = source.array is target.array, target.array.shape
+    one_array, shape = source.array is target.array, target.array.shape
     source, target = _without_heads(source), _without_heads(target)
     sizes = dict(zip(source.axes, source.array.shape, strict=True))
     heads_first = not (source.axes.endswith(_RUN) and target.axes.endswith(_RUN))
@@ -128,7 +128,7 @@ def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Arr
 
             @pl.when(present)
             def copy() -> None:
-                bring(here.of(refs[2] if in_place else refs[0], block, where), buffer.at[r], barrier)
+                bring(here.of(refs[2] if one_array else refs[0], block, where), buffer.at[r], barrier)
 
             @pl.when(jnp.logical_not(present))
             def clear() -> None:
@@ -148,18 +148,19 @@ def move_blocks(name: str, source: Side, target: Side, *, count: int) -> jax.Arr
 
         lax.fori_loop(0, rows, row, None)
 
-    written = jax.new_ref(there.view)
-    move(
-        name,
-        (zeros if in_place else here.view, zeros, written, *ids),
-        num_tiles=-(-total // rows),
-        tile=shape_of((rows, *box.values()), source.array.dtype),
-        copies=rows,
-        load=load,
-        store=store,
-        config=config,
-    )
-    return jax.freeze(written).reshape(shape)
+    def launch(written: Any) -> None:
+        move(
+            name,
+            (zeros if one_array else here.view, zeros, written, *ids),
+            num_tiles=-(-total // rows),
+            tile=shape_of((rows, *box.values()), source.array.dtype),
+            copies=rows,
+            load=load,
+            store=store,
+            config=config,
+        )
+
+    return in_place(launch, there.view).reshape(shape)
 
 
 def refusal(layout: KVLayout, *others: KVLayout) -> str | None:

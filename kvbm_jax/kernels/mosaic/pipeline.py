@@ -23,7 +23,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kvbm_jax.kernels import target
 from kvbm_jax.kernels.configs import CopyConfig
 
-__all__ = ["bring", "move", "shape_of"]
+__all__ = ["bring", "in_place", "move", "shape_of"]
 
 type Refs = Sequence[Any]
 """References to the kernel's operands and results, in that order."""
@@ -45,7 +45,7 @@ def move(
 
     Args:
       name: of the kernel, for profiles.
-      operands: arrays that are read, references (`jax.new_ref`) that are written.
+      operands: arrays that are read, references that are written (`in_place`).
       num_tiles: how many.
       tile: shape [R, ...] and dtype of one in shared memory.
       copies: how many asynchronous copies `load` makes for a tile, whichever it is.
@@ -104,6 +104,13 @@ def move(
 def bring(source: Any, buffer: Any, barrier: Any) -> None:
     """Starts a copy from device to shared memory; a contiguous source may be of any length."""
     plgpu.copy_gmem_to_smem(source, buffer, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
+
+
+def in_place(launch: Callable[[Any], None], array: jax.Array) -> jax.Array:
+    """Calls `launch` with a reference to an array; returns what it wrote, in place where the array is donated."""
+    # Not `jax.new_ref`: the partitioner of XLA calls functions anew, and may not find references in them.
+    written: jax.Array = pl.run_state(launch)(array)
+    return written
 
 
 def shape_of(shape: Sequence[int], dtype: Any) -> jax.ShapeDtypeStruct:

@@ -15,7 +15,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kvbm_jax.kernels.configs import copy_config
 from kvbm_jax.kernels.mosaic.boxes import largest_divisor
-from kvbm_jax.kernels.mosaic.pipeline import Refs, bring, move, shape_of
+from kvbm_jax.kernels.mosaic.pipeline import Refs, bring, in_place, move, shape_of
 
 __all__ = ["load_rows", "refusal", "store_rows"]
 
@@ -56,18 +56,19 @@ def store_rows(name: str, array: jax.Array, data: Sequence[jax.Array], slots: ja
 
         lax.fori_loop(0, cut.rows, row, None)
 
-    written = jax.new_ref(array.reshape(cut.shape))
-    move(
-        name,
-        (*flat, slots, written),
-        num_tiles=cut.num_tiles,
-        tile=shape_of((cut.rows, cut.row), array.dtype),
-        copies=1,
-        load=load,
-        store=store,
-        config=cut.config,
-    )
-    return jax.freeze(written).reshape(array.shape)
+    def launch(written: Any) -> None:
+        move(
+            name,
+            (*flat, slots, written),
+            num_tiles=cut.num_tiles,
+            tile=shape_of((cut.rows, cut.row), array.dtype),
+            copies=1,
+            load=load,
+            store=store,
+            config=cut.config,
+        )
+
+    return in_place(launch, array.reshape(cut.shape)).reshape(array.shape)
 
 
 def load_rows(name: str, array: jax.Array, slots: jax.Array) -> tuple[jax.Array, ...]:

@@ -4,6 +4,7 @@ import jax
 
 from kvbm_jax.kernels.mosaic import boxes
 from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
+from kvbm_jax.kernels.mosaic.heads import by_heads
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["refusal", "scatter_blocks"]
@@ -18,15 +19,20 @@ def scatter_blocks(
 ) -> tuple[jax.Array, ...]:
     """See `kvbm_jax.kernels.scatter_blocks`; `staging` describes `blocks`."""
     separate = layout.kind is LayoutKind.LAYER_SEPARATE
-    return tuple(
-        move_blocks(
-            "scatter_blocks",
-            Side(blocks, staging.axes, layer=layer if separate else None),
-            Side(array, layout.axes, block_ids),
-            count=staging.num_blocks,
+
+    def scatter(block_ids: jax.Array, blocks: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(
+            move_blocks(
+                "scatter_blocks",
+                Side(blocks, staging.axes, layer=layer if separate else None),
+                Side(array, layout.axes, block_ids),
+                count=staging.num_blocks,
+            )
+            for layer, array in enumerate(arrays)
         )
-        for layer, array in enumerate(arrays)
-    )
+
+    given = [(block_ids, "M"), (blocks, staging.axes.replace("N", "M")), *((array, layout.axes) for array in arrays)]
+    return by_heads(scatter, given, [layout.axes] * len(arrays))
 
 
 def refusal(
