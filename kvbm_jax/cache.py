@@ -24,13 +24,15 @@ import jax.numpy as jnp
 
 from kvbm_jax import kernels
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.kernels.quantize import Quantized, dequantize, quantize
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 
 __all__ = [
     "KVCache",
     "copy_blocks",
     "gather_blocks",
     "init",
+    "layer_scales",
     "layer_view",
     "load_kv",
     "permute_blocks",
@@ -47,10 +49,14 @@ _DEVICE_KINDS = (LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED)
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class KVCache:
-    """Keys and values of all layers."""
+    """Keys and values of all layers.
+
+    Of a layout kind for tiers and transfers it is one array, as `KVLayout.array_shape` says.
+    """
 
     arrays: tuple[jax.Array, ...]  # L arrays [N, C, T, H, D], or one [L, N, C, T, H, D]
     layout: KVLayout = field(metadata={"static": True})
+    scales: tuple[jax.Array, ...] = ()  # if quantised, L arrays f32[N, C, T, H], or one f32[L, N, C, T, H]
 
 
 def init(layout: KVLayout) -> KVCache:
@@ -63,8 +69,10 @@ def init(layout: KVLayout) -> KVCache:
         raise LayoutError(
             f"a cache cannot be {layout.kind}; models use {' or '.join(_DEVICE_KINDS)}, other kinds are for tiers"
         )
-    shape, dtype = layout.array_shape, jnp.dtype(layout.dtype)
-    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in range(layout.num_arrays)), layout)
+    arrays = tuple(jnp.zeros(layout.array_shape, layout.array_dtype) for _ in range(layout.num_arrays))
+    if layout.scale_shape is None:
+        return KVCache(arrays, layout)
+    return KVCache(arrays, layout, tuple(jnp.zeros(layout.scale_shape, jnp.float32) for _ in arrays))
 
 
 def layer_view(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, int | jax.Array]:
@@ -75,15 +83,17 @@ def layer_view(cache: KVCache, layer: int | jax.Array) -> tuple[jax.Array, int |
     Raises:
       LayoutError: if `layer` is out of range, or traced while the layers are separate arrays.
     """
-    layout = cache.layout
-    if isinstance(layer, int) and not 0 <= layer < layout.num_layers:
-        raise LayoutError(f"layer is {layer}; the cache has layers 0 to {layout.num_layers - 1}")
-    if layout.kind is LayoutKind.LAYER_STACKED:
-        stacked = cache.arrays[0]
-        return stacked.reshape(-1, *stacked.shape[2:]), layer * layout.num_blocks
-    if not isinstance(layer, int):
-        raise LayoutError("layer is traced, but layers are separate arrays: use the layout kind layer_stacked")
-    return cache.arrays[layer], 0
+    array = _view(cache.arrays, cache.layout, layer)
+    return array, layer * cache.layout.num_blocks if cache.layout.kind is LayoutKind.LAYER_STACKED else 0
+
+
+def layer_scales(cache: KVCache, layer: int | jax.Array) -> jax.Array | None:
+    """Returns the scales of one layer as `layer_view` does its elements, f32[N', C, T, H]; None if it is plain.
+
+    Raises:
+      LayoutError: as `layer_view`.
+    """
+    return _view(cache.scales, cache.layout, layer) if cache.scales else None
 
 
 def store_kv(
@@ -100,7 +110,7 @@ def store_kv(
     Args:
       cache: the cache.
       layer: its number.
-      keys: [S, H, D].
+      keys: [S, H, D], cast to the dtype of the cache, or quantised.
       values: [S, H, D].
       slots: i32[S], block * block_size + offset, distinct; N * T drops the token.
       implementation: see `kvbm_jax.kernels`.
@@ -111,9 +121,21 @@ def store_kv(
     if keys.shape != values.shape:
         raise LayoutError(f"keys are {list(keys.shape)}, values {list(values.shape)}; both are [S, H, D]")
     array, first = layer_view(cache, layer)
-    offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
-    stored = kernels.store_kv(array, (keys, values), offset_slots, implementation=implementation)
-    return _with_layer(cache, layer, stored)
+    places = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
+    scales = layer_scales(cache, layer)
+    if scales is None:
+        stored = kernels.store_kv(array, (keys, values), places, implementation=implementation)
+        return replace(cache, arrays=_with_layer(cache.arrays, cache.layout, layer, stored))
+    rows = [quantize(part, cache.layout.dtype) for part in (keys, values)]
+    stored = kernels.store_kv(array, [row.payload for row in rows], places, implementation=implementation)
+    stored_scales = kernels.store_kv(
+        scales[..., None], [row.scales[..., None] for row in rows], places, implementation=implementation
+    )
+    return replace(
+        cache,
+        arrays=_with_layer(cache.arrays, cache.layout, layer, stored),
+        scales=_with_layer(cache.scales, cache.layout, layer, stored_scales[..., 0]),
+    )
 
 
 def load_kv(
@@ -121,9 +143,17 @@ def load_kv(
     layer: int | jax.Array,
     slots: jax.Array,
     *,
+    dtype: jax.typing.DTypeLike | None = None,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Reads the keys and values at slots i32[S]; zeros at N * T.
+
+    Args:
+      cache: the cache.
+      layer: its number.
+      slots: i32[S].
+      dtype: of the result; None for that of the cache, or float32 if it is quantised.
+      implementation: see `kvbm_jax.kernels`.
 
     Returns:
       Keys and values, [S, H, D] each.
@@ -134,8 +164,14 @@ def load_kv(
     if cache.layout.components != 2:
         raise LayoutError(f"the cache's layout has components = {cache.layout.components}; keys and values are 2")
     array, first = layer_view(cache, layer)
-    offset_slots = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
-    keys, values = kernels.load_kv(array, offset_slots, implementation=implementation)
+    places = _offset(slots, first * cache.layout.block_size, cache.layout.num_slots, array)
+    parts = kernels.load_kv(array, places, implementation=implementation)
+    if (scales := layer_scales(cache, layer)) is not None:
+        factors = kernels.load_kv(scales[..., None], places, implementation=implementation)
+        rows = map(Quantized, parts, (factor[..., 0] for factor in factors))
+        keys, values = (dequantize(row, dtype or jnp.float32) for row in rows)
+    else:
+        keys, values = (part if dtype is None else part.astype(dtype) for part in parts)
     return keys, values
 
 
@@ -144,6 +180,7 @@ def gather_blocks(
     block_ids: jax.Array,
     *,
     kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
+    element_format: ElementFormat | None = None,
     out: jax.Array | None = None,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> jax.Array:
@@ -152,7 +189,9 @@ def gather_blocks(
     Args:
       cache: the cache.
       block_ids: i32[M].
-      kind: of the result: `fully_contiguous`, [M, L, C, T, H, D], or `universal`, [M, H, L, C, T, D].
+      kind: of the result: `fully_contiguous`, [M, L, C, T, H, D], or `universal`, [M, H, L, C, T, D]; u8[M, P], P
+        bytes of a block, if that is quantised.
+      element_format: of the result, quantised or dequantised on the way; None for that of the cache.
       out: an array to write to; donate it to have that in place. None for a new one.
       implementation: see `kvbm_jax.kernels`.
 
@@ -160,7 +199,13 @@ def gather_blocks(
       LayoutError: at trace time, if `out` does not fit.
     """
     return kernels.gather_blocks(
-        cache.arrays, cache.layout, block_ids, kind=kind, out=out, implementation=implementation
+        _leaves(cache),
+        cache.layout,
+        block_ids,
+        kind=kind,
+        element_format=element_format,
+        out=out,
+        implementation=implementation,
     )
 
 
@@ -170,17 +215,26 @@ def scatter_blocks(
     blocks: jax.Array,
     *,
     kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS,
+    element_format: ElementFormat | None = None,
     implementation: kernels.dispatch.Implementation | None = None,
 ) -> KVCache:
     """Writes blocks, as `gather_blocks` collects them, to block_ids i32[M], distinct; N drops a block.
+
+    `kind` and `element_format` are those of the blocks; None for the format of the cache.
 
     Raises:
       LayoutError: at trace time, if the shapes do not fit.
     """
     arrays = kernels.scatter_blocks(
-        cache.arrays, cache.layout, block_ids, blocks, kind=kind, implementation=implementation
+        _leaves(cache),
+        cache.layout,
+        block_ids,
+        blocks,
+        kind=kind,
+        element_format=element_format,
+        implementation=implementation,
     )
-    return replace(cache, arrays=arrays)
+    return _of(arrays, cache.layout)
 
 
 def copy_blocks(
@@ -199,29 +253,40 @@ def copy_blocks(
       LayoutError: at trace time, if there are not as many sources as targets.
     """
     arrays = kernels.copy_blocks(
-        cache.arrays, cache.layout, sources, targets, disjoint=disjoint, implementation=implementation
+        _leaves(cache), cache.layout, sources, targets, disjoint=disjoint, implementation=implementation
     )
-    return replace(cache, arrays=arrays)
+    return _of(arrays, cache.layout)
 
 
 def permute_blocks(
-    cache: KVCache, kind: LayoutKind, *, implementation: kernels.dispatch.Implementation | None = None
+    cache: KVCache,
+    kind: LayoutKind,
+    *,
+    element_format: ElementFormat | None = None,
+    implementation: kernels.dispatch.Implementation | None = None,
 ) -> KVCache:
-    """Rearranges the cache as another kind of layout.
+    """Rearranges the cache as another kind of layout, and in another element format if one is given.
 
     Raises:
       LayoutError: if the new layout is out of range.
     """
-    arrays = kernels.permute_blocks(cache.arrays, cache.layout, kind, implementation=implementation)
-    return KVCache(arrays, cache.layout.with_kind(kind))
+    layout = cache.layout.with_kind(kind).with_format(element_format or cache.layout.element_format)
+    arrays = kernels.permute_blocks(
+        _leaves(cache), cache.layout, kind, element_format=element_format, implementation=implementation
+    )
+    return _of(arrays, layout)
 
 
 def scrub_blocks(cache: KVCache, block_ids: jax.Array) -> KVCache:
-    """Zeroes blocks i32[M] in all layers; N drops one. Donate the cache to have it in place."""
-    if cache.layout.kind is LayoutKind.LAYER_STACKED:
-        array, _ = layer_view(cache, 0)
-        return _with_layer(cache, 0, array.at[_in_all_layers(cache.layout, block_ids)].set(0, mode="drop"))
-    return replace(cache, arrays=tuple(array.at[block_ids].set(0, mode="drop") for array in cache.arrays))
+    """Zeroes blocks i32[M] in all layers, scales included; N drops one. Donate the cache to have it in place."""
+    layout = cache.layout
+    ids = _in_all_layers(layout, block_ids) if layout.kind is LayoutKind.LAYER_STACKED else block_ids
+
+    def scrubbed(array: jax.Array) -> jax.Array:
+        blocks = array.reshape(-1, *array.shape[2:]) if layout.kind is LayoutKind.LAYER_STACKED else array
+        return blocks.at[ids].set(0, mode="drop").reshape(array.shape)
+
+    return _of(tuple(scrubbed(array) for array in _leaves(cache)), layout)
 
 
 def resize_blocks(cache: KVCache, sources: jax.Array) -> KVCache:
@@ -238,8 +303,8 @@ def resize_blocks(cache: KVCache, sources: jax.Array) -> KVCache:
     """
     layout = replace(cache.layout, num_blocks=sources.shape[0])
     axis = layout.axes.index("N")
-    arrays = (jnp.take(array, sources, axis=axis, mode="fill", fill_value=0) for array in cache.arrays)
-    return KVCache(tuple(arrays), layout)
+    arrays = (jnp.take(array, sources, axis=axis, mode="fill", fill_value=0) for array in _leaves(cache))
+    return _of(tuple(arrays), layout)
 
 
 def regroup_tokens(cache: KVCache, slots: jax.Array) -> KVCache:
@@ -253,13 +318,47 @@ def regroup_tokens(cache: KVCache, slots: jax.Array) -> KVCache:
       LayoutError: if the new layout is out of range.
     """
     old = cache.layout
+    if old.is_packed:
+        unpacked = permute_blocks(cache, LayoutKind.LAYER_SEPARATE)
+        return permute_blocks(regroup_tokens(unpacked, slots), old.kind)
     layout = replace(old, num_blocks=slots.shape[0], block_size=slots.shape[1])
     block, token = layout.axes.index("N"), layout.axes.index("T")
     places = {block: slots // old.block_size, token: slots % old.block_size}
-    where = tuple(places.get(axis, slice(None)) for axis in range(len(layout.axes)))
+    where = tuple(places.get(axis, slice(None)) for axis in range(max(block, token) + 1))
     # The two indexed axes never lie side by side, so that they come first in the result.
-    regrouped = (array.at[where].get(mode="fill", fill_value=0) for array in cache.arrays)
-    return KVCache(tuple(jnp.moveaxis(array, (0, 1), (block, token)) for array in regrouped), layout)
+    regrouped = (array.at[where].get(mode="fill", fill_value=0) for array in _leaves(cache))
+    return _of(tuple(jnp.moveaxis(array, (0, 1), (block, token)) for array in regrouped), layout)
+
+
+def _leaves(cache: KVCache) -> tuple[jax.Array, ...]:
+    """All arrays of a cache, as `kvbm_jax.kernels` takes them."""
+    return cache.arrays + cache.scales
+
+
+def _of(arrays: tuple[jax.Array, ...], layout: KVLayout) -> KVCache:
+    """The cache of all its arrays."""
+    return KVCache(arrays[: layout.num_arrays], layout, arrays[layout.num_arrays :])
+
+
+def _view(arrays: tuple[jax.Array, ...], layout: KVLayout, layer: int | jax.Array) -> jax.Array:
+    """The array that holds a layer, blocks first."""
+    if isinstance(layer, int) and not 0 <= layer < layout.num_layers:
+        raise LayoutError(f"layer is {layer}; the cache has layers 0 to {layout.num_layers - 1}")
+    if layout.kind is LayoutKind.LAYER_STACKED:
+        return arrays[0].reshape(-1, *arrays[0].shape[2:])
+    if not isinstance(layer, int):
+        raise LayoutError("layer is traced, but layers are separate arrays: use the layout kind layer_stacked")
+    return arrays[layer]
+
+
+def _with_layer(
+    arrays: tuple[jax.Array, ...], layout: KVLayout, layer: int | jax.Array, view: jax.Array
+) -> tuple[jax.Array, ...]:
+    """The arrays with what `_view` gave changed."""
+    if layout.kind is LayoutKind.LAYER_STACKED:
+        return (view.reshape(arrays[0].shape),)
+    index = int(layer)
+    return (*arrays[:index], view, *arrays[index + 1 :])
 
 
 def _in_all_layers(layout: KVLayout, block_ids: jax.Array) -> jax.Array:
@@ -275,10 +374,3 @@ def _offset(slots: jax.Array, first: int | jax.Array, padding: int, array: jax.A
     if isinstance(first, int) and first == 0 and array.shape[0] * array.shape[2] == padding:
         return slots
     return jnp.where(slots < padding, slots + first, array.shape[0] * array.shape[2])
-
-
-def _with_layer(cache: KVCache, layer: int | jax.Array, array: jax.Array) -> KVCache:
-    if cache.layout.kind is LayoutKind.LAYER_STACKED:
-        return replace(cache, arrays=(array.reshape(cache.layout.array_shape),))
-    index = int(layer)
-    return replace(cache, arrays=(*cache.arrays[:index], array, *cache.arrays[index + 1 :]))
