@@ -87,6 +87,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "mla": {"block_size": 64, "num_kv_heads": 1, "head_dim": 576, "components": 1},
     "d80": {"block_size": 16, "num_kv_heads": 8, "head_dim": 80},
     "fp8": {"block_size": 64, "num_kv_heads": 8, "head_dim": 128, "dtype": "float8_e4m3fn"},
+    "q8": {"block_size": 64, "num_kv_heads": 8, "head_dim": 128, "dtype": "int8", "quantized": True},
 }
 FULL = Scale(2, 4096, tokens=256, blocks=256, rows=256, shapes=SHAPES)
 TINY = Scale(2, 8, tokens=8, blocks=4, rows=8, shapes={"tiny": {"block_size": 8, "num_kv_heads": 2, "head_dim": 32}})
@@ -114,6 +115,8 @@ def _of_shape(scale: Scale, shape: str, layout: KVLayout, *, every: bool) -> Ite
         for disjoint in (True, False):
             yield _copy(shape, cache, scale.blocks, disjoint=disjoint)
     pairs = itertools.permutations(kinds, 2) if every else ((SEPARATE, UNIVERSAL), (UNIVERSAL, SEPARATE))
+    if layout.quantized:  # blocks in one run are put together and taken apart by XLA
+        pairs = itertools.permutations((SEPARATE, STACKED), 2)
     for own, other in pairs:
         yield _permute(shape, layout.with_kind(own), other)
 
@@ -172,7 +175,7 @@ def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Itera
     }
 
     def given(seed: Any) -> Arguments:
-        blocks = values(seed, staging.array_shape, layout.dtype)
+        blocks = values(seed, staging.array_shape, staging.array_dtype)
         return cache_of(seed + 1, layout), distinct(seed, layout.num_blocks, count), blocks
 
     def gather(implementation: Implementation | None, arrays: Any, ids: Any, out: Any) -> Any:
@@ -248,13 +251,17 @@ def _advance(batch: int) -> Case:
 
 
 def values(seed: Any, shape: tuple[int, ...], dtype: str) -> jax.Array:
-    """Integers from -8 to 7 in no order, as numbers of a dtype."""
-    return ((_mixed(seed, shape) & 15).astype(jnp.int8) - 8).astype(dtype)
+    """Integers from -8 to 7 in no order, as numbers of a dtype; from 0 to 15 where they are bytes."""
+    return ((_mixed(seed, shape) & 15).astype(jnp.int8) - (0 if dtype == "uint8" else 8)).astype(dtype)
 
 
 def cache_of(seed: Any, layout: KVLayout) -> tuple[jax.Array, ...]:
-    """The arrays of a cache."""
-    return tuple(values(seed + 100 * number, layout.array_shape, layout.dtype) for number in range(layout.num_arrays))
+    """The arrays of a cache, those of its scales last."""
+    seeds = [seed + 100 * number for number in range(layout.num_arrays)]
+    arrays = tuple(values(each, layout.array_shape, layout.array_dtype) for each in seeds)
+    if layout.scale_shape is None:
+        return arrays
+    return arrays + tuple(values(each, layout.scale_shape, "float32") for each in seeds)
 
 
 def distinct(seed: Any, limit: int, count: int) -> jax.Array:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 
 from kvbm_jax.layout import KVLayout, LayoutKind
 
-__all__ = ["arrays_of", "elements_of", "layer_of", "with_layer"]
+__all__ = ["arrays_of", "elements_of", "layer_of", "scales_of", "with_layer", "with_scales"]
 
 _LOGICAL = "NLCTHD"
 _OF_LAYER = _LOGICAL.replace("L", "")
@@ -64,6 +64,16 @@ def with_layer(blocks: jax.Array, staging: KVLayout, layer: int, elements: Eleme
     return written
 
 
+def with_scales(blocks: jax.Array, staging: KVLayout, first: int, scales: jax.Array) -> jax.Array:
+    """Writes the scales f32[N, l, C, T, H] of layers from `first` on into packed blocks, and nothing else."""
+    return _with_region(blocks, scales, staging, _regions(staging)[1], first)
+
+
+def scales_of(blocks: jax.Array, staging: KVLayout) -> jax.Array:
+    """Returns the scales of packed blocks, f32[N, L, C, T, H]."""
+    return _unpacked(blocks, staging, 0, staging.num_layers)[1]
+
+
 def _ordered(arrays: Sequence[jax.Array], layout: KVLayout, order: str) -> jax.Array:
     """The arrays of payload or scales as one, its axes in an order."""
     axes, array = layout.axes, arrays[0]
@@ -89,12 +99,20 @@ def _regions(layout: KVLayout) -> tuple[tuple[str, int, int], ...]:
 
 def _packed(blocks: jax.Array, parts: Sequence[jax.Array], layout: KVLayout, first: int) -> jax.Array:
     """Writes payload and scales of layers from `first` on, in logical order, into packed blocks u8[N, P]."""
+    for part, region in zip(parts, _regions(layout), strict=True):
+        blocks = _with_region(blocks, part, layout, region, first)
+    return blocks
+
+
+def _with_region(
+    blocks: jax.Array, part: jax.Array, layout: KVLayout, region: tuple[str, int, int], first: int
+) -> jax.Array:
+    """Writes layers from `first` on into one region of packed blocks u8[N, P]."""
+    _, start, size = region
     runs = blocks.reshape(blocks.shape[0], _num_runs(layout), -1)
-    for part, (_, start, size) in zip(parts, _regions(layout), strict=True):
-        ordered = jnp.moveaxis(part, _HEADS, 1) if layout.kind is LayoutKind.UNIVERSAL else part
-        data = jax.lax.bitcast_convert_type(ordered, jnp.uint8).reshape(*runs.shape[:2], -1)
-        runs = jax.lax.dynamic_update_slice(runs, data, (0, 0, start + first * size))
-    return runs.reshape(blocks.shape)
+    ordered = jnp.moveaxis(part, _HEADS, 1) if layout.kind is LayoutKind.UNIVERSAL else part
+    data = jax.lax.bitcast_convert_type(ordered, jnp.uint8).reshape(*runs.shape[:2], -1)
+    return jax.lax.dynamic_update_slice(runs, data, (0, 0, start + first * size)).reshape(blocks.shape)
 
 
 def _unpacked(blocks: jax.Array, layout: KVLayout, first: int, count: int) -> tuple[jax.Array, jax.Array]:

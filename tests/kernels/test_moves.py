@@ -21,6 +21,7 @@ pytestmark = pytest.mark.core
 IMPLEMENTATIONS = kernels.OPERATIONS["store_kv"].implementations
 SMALL = {"num_layers": 2, "num_blocks": 6, "block_size": 8, "num_kv_heads": 2, "head_dim": 64}
 DTYPES = ("bfloat16", "float16", "float32", "int8", "float8_e4m3fn")
+QUANTIZED = {"dtype": "int8", "quantized": True}
 SEPARATE, STACKED = LayoutKind.LAYER_SEPARATE, LayoutKind.LAYER_STACKED
 
 
@@ -39,15 +40,13 @@ def layout(**sizes):
     return KVLayout(**SMALL | sizes)
 
 
-QUANTIZED = {"dtype": "int8", "quantized": True}
-
-
-@pytest.mark.parametrize(("own", "kind"), [(SEPARATE, RUNS[0]), (STACKED, RUNS[1]), (RUNS[1], RUNS[0])])
-def test_quantised_blocks_move_with_their_scales(own, kind):
-    case = Case(layout(kind=own, **QUANTIZED), "xla")
+@pytest.mark.parametrize(("own", "kind"), [(SEPARATE, RUNS[0]), (STACKED, RUNS[1]), (RUNS[1], RUNS[1])])
+def test_quantised_blocks_move_with_their_scales(implementation, own, kind):
+    case = Case(layout(kind=own, **QUANTIZED), implementation)
     moves.check_gather_and_scatter(case, 4, kind, with_out=own == SEPARATE)
-    moves.check_copy(case, disjoint=False)
-    moves.check_permute(case, kind)
+    moves.check_copy(case, disjoint=own != STACKED)
+    if own == STACKED:
+        moves.check_permute(case, SEPARATE)
 
 
 @pytest.mark.long
@@ -80,17 +79,35 @@ def test_every_format_to_every_other(own_kind, own, there):
         moves.check_conversions(Case(KVLayout(**NARROW, kind=own_kind).with_format(own), "xla"), there, kind)
 
 
-@pytest.mark.parametrize(("own", "there"), [(PLAIN, INT8), (INT8, PLAIN), (INT8, INT8)])
-def test_mosaic_refuses_what_it_cannot_move(own, there):
-    made = KVLayout(**SMALL).with_format(own)
-    arrays = tuple(jax.eval_shape(lambda: jax.tree.leaves(kv_cache.init(made))))
-    staging = made.with_format(there).staging(3)
+@pytest.mark.parametrize(
+    ("own", "there", "sizes", "reason"),
+    [
+        (PLAIN, INT8, {}, "it copies, and does not convert bfloat16 and int8"),
+        (INT8, PLAIN, {}, "it copies, and does not convert int8 and bfloat16"),
+        (INT8, INT8, {"kind": RUNS[0]}, "quantised blocks of a fully_contiguous cache to or from universal"),
+        (INT8, INT8, {"num_layers": 1, "block_size": 1, "num_kv_heads": 1}, "has 136 bytes, not a multiple of 16"),
+        (INT8, INT8, {"block_size": 1}, "a head of a quantised block has 272 bytes, not a multiple of head_dim 64"),
+    ],
+)
+def test_what_mosaic_cannot_move_is_refused(own, there, sizes, reason):
+    made = layout(**sizes).with_format(own)
+    arrays = jax.eval_shape(lambda: jax.tree.leaves(kv_cache.permute_blocks(kv_cache.init(
+        made.with_kind(SEPARATE)), made.kind)))  # fmt: skip
+    staging = made.with_format(there).staging(3, RUNS[1])
     with target.interpreted():
-        choice = kernels.OPERATIONS["gather_blocks"].choose(
-            None, arrays, made, jax.ShapeDtypeStruct((3,), "int32"), staging, None
-        )
+        choice = kernels.OPERATIONS["gather_blocks"].choose(None, tuple(arrays), made, None, staging, None)
     assert choice.implementation == "xla"
-    assert choice.refusals["mosaic_gpu"]
+    assert reason in choice.refusals["mosaic_gpu"]
+
+
+def test_mosaic_leaves_it_to_xla_to_take_quantised_blocks_apart():
+    made = layout(**QUANTIZED)
+    permute = kernels.OPERATIONS["permute_blocks"]
+    with target.interpreted():
+        assert permute.choose(None, (), made, made.with_kind(STACKED)).implementation == "mosaic_gpu"
+        for kind in RUNS:
+            refused = permute.choose(None, (), made, made.with_kind(kind)).refusals["mosaic_gpu"]
+            assert refused == "it does not take quantised blocks apart or put them together"
 
 
 def test_the_interpreter_is_one_of_them():
@@ -150,6 +167,20 @@ def test_every_shape_and_dtype(implementation, sizes, dtype):
     moves.check_store_and_load(case, 5)
     for kind in RUNS:
         moves.check_gather_and_scatter(case, 3, kind, with_out=True)
+    moves.check_copy(case, disjoint=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", SHAPES)
+def test_every_shape_quantised(implementation, sizes):
+    names = ("block_size", "num_kv_heads", "head_dim", "components")
+    made = layout(num_blocks=4, num_layers=1, **QUANTIZED, **dict(zip(names, sizes, strict=True)))
+    case = Case(made, implementation)
+    for kind in RUNS:
+        staging = made.staging(3, kind)
+        served = kernels.OPERATIONS["gather_blocks"].choose(None, (), made, None, staging, None).implementation
+        if implementation in (served, "xla"):
+            moves.check_gather_and_scatter(case, 3, kind, with_out=True)
     moves.check_copy(case, disjoint=True)
 
 

@@ -1,11 +1,12 @@
-"""`gather_blocks` by bulk copies: one kernel for each array of the cache."""
+"""`gather_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA."""
 
 import jax
 import jax.numpy as jnp
 
+from kvbm_jax.kernels.arrangement import with_scales
 from kvbm_jax.kernels.mosaic import boxes
-from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
-from kvbm_jax.kernels.mosaic.heads import by_heads
+from kvbm_jax.kernels.mosaic.boxes import move_blocks, side_of, whole_blocks
+from kvbm_jax.kernels.mosaic.heads import by_heads, letters_of, share_of, whole
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["gather_blocks", "refusal"]
@@ -20,19 +21,34 @@ def gather_blocks(
 ) -> jax.Array:
     """See `kvbm_jax.kernels.gather_blocks`; `staging` describes the result."""
     if out is None:
-        out = jnp.empty(staging.array_shape, staging.dtype)
+        out = jnp.empty(staging.array_shape, staging.array_dtype)
+
+    def gather(out: jax.Array, block_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
+        own, run = share_of(layout, arrays[0]), share_of(staging, out)
+        gathered = _gather([whole(array, own) for array in arrays], own, block_ids, run, whole(out, run))
+        return (gathered.reshape(out.shape),)
+
+    [target] = letters_of([out], staging, "M")
+    (gathered,) = by_heads(gather, [target, (block_ids, "M"), *letters_of(arrays, layout)], [target[1]])
+    return gathered.reshape(out.shape)
+
+
+def _gather(
+    arrays: list[jax.Array], layout: KVLayout, block_ids: jax.Array, staging: KVLayout, out: jax.Array
+) -> jax.Array:
+    count = staging.num_blocks
+    if layout.is_packed:
+        source, target = whole_blocks(arrays[0], block_ids), whole_blocks(out)
+        return move_blocks("gather_blocks", source, target, count=count).reshape(out.shape)
     separate = layout.kind is LayoutKind.LAYER_SEPARATE
-
-    def gather(block_ids: jax.Array, out: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
-        for layer, array in enumerate(arrays):
-            source = Side(array, layout.axes, block_ids)
-            target = Side(out, staging.axes, layer=layer if separate else None)
-            out = move_blocks("gather_blocks", source, target, count=staging.num_blocks)
-        return (out,)
-
-    run = staging.axes.replace("N", "M")
-    (gathered,) = by_heads(gather, [(block_ids, "M"), (out, run), *((array, layout.axes) for array in arrays)], [run])
-    return gathered
+    for layer, array in enumerate(arrays[: layout.num_arrays]):
+        target = side_of(out, staging, layer=layer if separate else None)
+        out = move_blocks("gather_blocks", side_of(array, layout, block_ids), target, count=count)
+    for layer, scales in enumerate(arrays[layout.num_arrays :]):
+        where = (slice(None),) * layout.axes.index("N") + (block_ids,)
+        found = scales.at[where].get(mode="fill", fill_value=0)
+        out = with_scales(out, staging, layer, found[:, None] if separate else found.swapaxes(0, 1))
+    return out
 
 
 def refusal(

@@ -6,6 +6,7 @@ the arrays (a mesh of explicit axes) by a `shard_map`. Within a `shard_map` arra
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -13,8 +14,9 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding, PartitionSpec
 
 from kvbm_jax.kernels import target
+from kvbm_jax.layout import KVLayout, LayoutKind
 
-__all__ = ["by_heads"]
+__all__ = ["by_heads", "letters_of", "share_of", "whole"]
 
 
 def by_heads(
@@ -64,3 +66,28 @@ def by_heads(
         partition, sharding_rule=rule, need_replication_factors=others
     )
     return tuple(partitioned(*arrays))
+
+
+def letters_of(arrays: Sequence[jax.Array], layout: KVLayout, blocks: str = "N") -> list[tuple[jax.Array, str]]:
+    """Returns the arrays of a cache, those of scales last, with the letters of their axes, `blocks` for that of blocks.
+
+    A packed array comes as [N, R, P / R], R the runs of a block: one for each head if it is universal, else one of all
+    heads, which is not shared out: on a mesh, quantised blocks are better universal.
+    """
+    if layout.is_packed:
+        runs = layout.num_kv_heads if layout.kind is LayoutKind.UNIVERSAL else 1
+        return [(array.reshape(array.shape[0], runs, -1), blocks + "HP") for array in arrays]
+    axes = layout.axes.replace("N", blocks)
+    return [(array, axes[: array.ndim]) for array in arrays]
+
+
+def share_of(layout: KVLayout, array: jax.Array) -> KVLayout:
+    """Returns the layout with the heads of a device, of which an array is given as `letters_of` has it."""
+    if layout.is_packed:
+        return replace(layout, num_kv_heads=array.shape[1]) if layout.kind is LayoutKind.UNIVERSAL else layout
+    return replace(layout, num_kv_heads=array.shape[layout.axes.index("H")])
+
+
+def whole(array: jax.Array, layout: KVLayout) -> jax.Array:
+    """Returns an array as its layout says, given as `letters_of` has it."""
+    return array.reshape(array.shape[0], -1) if layout.is_packed else array

@@ -1,10 +1,11 @@
-"""`scatter_blocks` by bulk copies: one kernel for each array of the cache."""
+"""`scatter_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA."""
 
 import jax
 
+from kvbm_jax.kernels.arrangement import scales_of
 from kvbm_jax.kernels.mosaic import boxes
-from kvbm_jax.kernels.mosaic.boxes import Side, move_blocks
-from kvbm_jax.kernels.mosaic.heads import by_heads
+from kvbm_jax.kernels.mosaic.boxes import move_blocks, side_of, whole_blocks
+from kvbm_jax.kernels.mosaic.heads import by_heads, letters_of, share_of, whole
 from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["refusal", "scatter_blocks"]
@@ -18,21 +19,41 @@ def scatter_blocks(
     staging: KVLayout,
 ) -> tuple[jax.Array, ...]:
     """See `kvbm_jax.kernels.scatter_blocks`; `staging` describes `blocks`."""
+
+    def scatter(blocks: jax.Array, block_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+        own, run = share_of(layout, arrays[0]), share_of(staging, blocks)
+        scattered = _scatter([whole(array, own) for array in arrays], own, block_ids, whole(blocks, run), run)
+        return tuple(new.reshape(old.shape) for new, old in zip(scattered, arrays, strict=True))
+
+    given = letters_of(arrays, layout)
+    scattered = by_heads(
+        scatter, [*letters_of([blocks], staging, "M"), (block_ids, "M"), *given], [letters for _, letters in given]
+    )
+    return tuple(new.reshape(old.shape) for new, old in zip(scattered, arrays, strict=True))
+
+
+def _scatter(
+    arrays: list[jax.Array], layout: KVLayout, block_ids: jax.Array, blocks: jax.Array, staging: KVLayout
+) -> tuple[jax.Array, ...]:
+    count = staging.num_blocks
+    if layout.is_packed:
+        source, target = whole_blocks(blocks), whole_blocks(arrays[0], block_ids)
+        return (move_blocks("scatter_blocks", source, target, count=count),)
     separate = layout.kind is LayoutKind.LAYER_SEPARATE
 
-    def scatter(block_ids: jax.Array, blocks: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
-        return tuple(
-            move_blocks(
-                "scatter_blocks",
-                Side(blocks, staging.axes, layer=layer if separate else None),
-                Side(array, layout.axes, block_ids),
-                count=staging.num_blocks,
-            )
-            for layer, array in enumerate(arrays)
-        )
+    def scattered(array: jax.Array, layer: int) -> jax.Array:
+        source = side_of(blocks, staging, layer=layer if separate else None)
+        moved = move_blocks("scatter_blocks", source, side_of(array, layout, block_ids), count=count)
+        return jax.lax.bitcast_convert_type(moved, array.dtype)
 
-    given = [(block_ids, "M"), (blocks, staging.axes.replace("N", "M")), *((array, layout.axes) for array in arrays)]
-    return by_heads(scatter, given, [layout.axes] * len(arrays))
+    elements = tuple(scattered(array, layer) for layer, array in enumerate(arrays[: layout.num_arrays]))
+    if not layout.quantized:
+        return elements
+    scales = scales_of(blocks, staging).swapaxes(0, 1)  # [L, M, C, T, H]
+    if not separate:
+        return *elements, arrays[1].at[:, block_ids].set(scales, mode="drop")
+    mine = zip(arrays[layout.num_arrays :], scales, strict=True)
+    return *elements, *(array.at[block_ids].set(part, mode="drop") for array, part in mine)
 
 
 def refusal(
