@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from kvbm_jax.bench import hash as hash_bench
+from kvbm_jax.bench import kernels as kernels_bench
 from kvbm_jax.bench import offload
 from kvbm_jax.bench import pool as pool_bench
 from kvbm_jax.bench.timing import Row, Timing
@@ -142,6 +143,36 @@ def test_a_pool_that_evicts_other_blocks_is_no_baseline(capsys, monkeypatch, sma
     assert re.search(r"one dispatch: [\d,]+ blocks found and [\d,]+ evicted; in plain Python", capsys.readouterr().err)
 
 
+@pytest.fixture
+def one_block_size(monkeypatch):
+    monkeypatch.setattr(kernels_bench, "BLOCK_SIZES", (8,))
+
+
+def test_json_has_a_row_for_every_move(capsys, one_block_size):
+    assert main(["bench", "kernels", "--mebibytes", "4", "--repeats", "1", "--json"]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found = json.loads(out.splitlines()[-1])
+    assert found["bench"] == "kernels"
+    names = ("store_kv", "gather_blocks", "scatter_blocks", "copy_blocks")
+    assert [row["case"] for row in found["rows"]] == [f"{name}, blocks of 64 KiB" for name in names]
+    for row in found["rows"]:
+        assert row["baseline"] == "copy in memory"
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"]
+
+
+@pytest.mark.parametrize(("name", "what"), [("_ids", "blocks of 8 tokens"), ("_slots", "tokens")])
+def test_moves_that_lose_something_are_no_measurement(capsys, monkeypatch, one_block_size, name, what):
+    def forgetful(self, layout):
+        begin(self, layout)
+        setattr(self, name, getattr(self, name).at[1].set(layout.num_slots))
+
+    begin = kernels_bench._Moves.__init__
+    monkeypatch.setattr(kernels_bench._Moves, "__init__", forgetful)
+    assert main(["bench", "kernels", "--mebibytes", "4", "--repeats", "1"]) == 1
+    assert re.search(rf"error: {what} did not come back", capsys.readouterr().err)
+
+
 def test_json_may_be_asked_for_before_the_name(capsys, made_up):
     assert main(["bench", "--json", "offload"]) == 0
     assert json.loads(capsys.readouterr().out)["rows"][0]["ratio"] == 0.25
@@ -168,6 +199,7 @@ def test_progress_is_shown_on_a_terminal_and_wiped(capsys, monkeypatch):
         (("offload", "--path", "no/such/place"), "'no/such/place' is no folder"),
         (("offload", "extra"), "unrecognized arguments: extra"),
         (("hash", "--tokens", "63"), "'63' is no integer >= 64"),
+        (("kernels", "--mebibytes", "3"), "'3' is no integer >= 4"),
         (("hash", "--repeats", "0"), "'0' is no integer >= 1"),
         (("pool", "--blocks", "65535"), "'65535' is no integer >= 65536"),
         (("hash", "--blocks", "3"), "unrecognized arguments: --blocks"),

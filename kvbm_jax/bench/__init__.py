@@ -2,5 +2,6 @@
 
 timing.py   what a measurement is, and how it is taken
 offload.py  the edges between device, host memory and disk
+kernels.py  operations on cache arrays
 hash.py     hashes of chained blocks
 """

@@ -17,6 +17,7 @@ SUMMARY = "time parts of the library beside a baseline"
 _OFFLOAD = "time how blocks move between device, host memory and disk"
 _POOL = "time the bookkeeping of a server's step"
 _EVENTS = "time how events are published over ZeroMQ and to JetStream, and what that costs a decode step"
+_KERNELS = "time how blocks and tokens move within and out of a cache"
 _HASH = "time how the blocks of a sequence are hashed"
 
 
@@ -52,6 +53,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     events.set_defaults(bench=_events)
 
+    moves = benches.add_parser("kernels", parents=[common], help=_KERNELS, description=_KERNELS.capitalize() + ".")
+    moves.add_argument(
+        "--mebibytes",
+        type=at_least(4),  # one of the largest blocks
+        default=32,
+        metavar="N",
+        help="what is moved at once, at least 4 (default 32)",
+    )
+    moves.set_defaults(bench=_kernels)
+
     hashes = benches.add_parser("hash", parents=[common], help=_HASH, description=_HASH.capitalize() + ".")
     hashes.add_argument(
         "--tokens",
@@ -84,6 +95,13 @@ def _pool(args: argparse.Namespace) -> Report:
 
     rows = _timed(args.repeats, measure, args.blocks)
     return _report("pool", f"{args.blocks:,} blocks, a step, medians of {args.repeats:,}", rows)
+
+
+def _kernels(args: argparse.Namespace) -> Report:
+    from kvbm_jax.bench.kernels import measure  # noqa: PLC0415
+
+    rows = _timed(args.repeats, measure, args.mebibytes)
+    return _report("kernels", f"{args.mebibytes:,} MiB, medians of {args.repeats:,}", rows)
 
 
 def _hash(args: argparse.Namespace) -> Report:

@@ -1,8 +1,10 @@
-"""`copy_blocks` as a gather and a scatter of each array."""
+"""`copy_blocks` as a gather and a scatter of each array; on a CPU block by block, if none is read and written."""
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
+from kvbm_jax.kernels.placing import put_row
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.ordering import fence
 
@@ -18,11 +20,20 @@ def copy_blocks(
 ) -> tuple[jax.Array, ...]:
     """See `kvbm_jax.kernels.copy_blocks`."""
     axis = layout.axes.index("N")
-    where = (slice(None),) * axis + (targets,)
 
-    def copied(array: jax.Array) -> jax.Array:
+    def at_once(array: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
         # The scatter waits for the gather; otherwise XLA may copy the whole array to keep what the gather reads.
         array, blocks = fence((array, jnp.take(array, sources, axis=axis, mode="fill", fill_value=0)))
-        return array.at[where].set(blocks, mode="drop")
+        return array.at[(slice(None),) * axis + (targets,)].set(blocks, mode="drop")
 
-    return tuple(copied(array) for array in arrays)
+    def one_by_one(array: jax.Array, sources: jax.Array, targets: jax.Array) -> jax.Array:
+        def copy(m: jax.Array, array: jax.Array) -> jax.Array:
+            block = jnp.take(array, sources[m][None], axis=axis, mode="fill", fill_value=0)
+            return put_row(array, targets[m], block, axis=axis)
+
+        written: jax.Array = lax.fori_loop(0, sources.shape[0], copy, array)
+        return written
+
+    if not disjoint:
+        return tuple(at_once(array, sources, targets) for array in arrays)
+    return tuple(lax.platform_dependent(array, sources, targets, cpu=one_by_one, default=at_once) for array in arrays)
