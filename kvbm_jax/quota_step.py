@@ -31,6 +31,7 @@ def step(
     tenants: jax.Array,
     *,
     max_blocks: int = 1,
+    max_fresh: int | None = None,
     scores: pool.Scores | None = None,
 ) -> tuple[Quotas, pool.PoolState, sequences.SequenceBatch, StepResult]:
     """Carries out a plan as `kvbm_jax.step.step` does, but for the rows that are refused (QUOTA_EXCEEDED).
@@ -42,6 +43,7 @@ def step(
       plan: what to do.
       tenants: i32[R], of the rows that begin; Q for none.
       max_blocks: as in `kvbm_jax.step.step`.
+      max_fresh: as in `kvbm_jax.step.step`; rows that are refused use none of it up.
       scores: a policy's, among blocks that quotas treat alike.
 
     Returns:
@@ -72,7 +74,7 @@ def step(
         new_tokens=jnp.where(old, plan.new_tokens, 0),
     )
     state, running, result = step_all(
-        state, running, masked, max_blocks=max_blocks, scores=quotas.scores(held, coming, scores)
+        state, running, masked, max_blocks=max_blocks, max_fresh=max_fresh, scores=quotas.scores(held, coming, scores)
     )
     begun = jnp.where(new & (result.start_status == Status.OK), plan.starting, batch)
     after = quotas.settle(quotas.assign(settled, begun, tenants), running)

@@ -171,6 +171,19 @@ def test_random_whole_steps_match_the_model(windows, limits):
     assert hybrid or d.model.preferred > 0
 
 
+def test_a_bound_on_what_a_step_grants_is_not_used_up_by_refused_rows():
+    d = QuotaDriver((2, 6))
+    bounded = jax.jit(functools.partial(quota_step.step, max_blocks=MAX_BLOCKS, max_fresh=3))
+    plan = make_plan(starting=[(0, [0, 1], 3 * T), (1, [1, 1], 2 * T)])
+    charged, state, running, result = bounded(d.quotas, d.pool, d.batch, plan, column([0, 1], NOBODY))
+    assert result.start_status.tolist() == [EXCEEDED, OK]
+    assert running.lengths.tolist() == [0, 2 * T, 0, 0]
+    plan = make_plan(starting=[(0, [0, 1], 2 * T)], growing=[(1, 2 * T)])
+    *_, running, result = bounded(charged, state, running, plan, column([0], NOBODY))
+    assert (result.start_status[0], result.grow_status[0]) == (OK, Status.OUT_OF_BLOCKS)
+    assert running.lengths.tolist() == [2 * T, 2 * T, 0, 0]
+
+
 def test_limits_that_fit_the_pool_keep_tenants_apart():
     """Nobody within its limit is refused for lack of blocks, or loses what it has cached; and nobody exceeds it."""
     limits = (4, 6)

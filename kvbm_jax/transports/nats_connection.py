@@ -11,6 +11,7 @@ import logging
 import ssl
 import threading
 import urllib.parse
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -95,10 +96,12 @@ class NatsConnection:
         Raises:
           TransportError: Nobody is there, or the credentials are refused.
         """
-        complaints: list[Exception] = []
+        complaints: deque[Exception] = deque(maxlen=4)
 
         async def complain(error: Exception) -> None:
             complaints.append(error)
+            if "ermissions" in str(error):  # it goes on, and what it may not do does not happen
+                _LOG.warning("the NATS server at %s: %s", self.url, _one_line(error))
 
         async def closed() -> None:
             lost()

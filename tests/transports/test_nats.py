@@ -1,5 +1,4 @@
 import asyncio
-import os
 import random
 import stat
 import subprocess
@@ -8,11 +7,11 @@ import threading
 import time
 
 import nats
-import nkeys
 import pytest
 from event_batches import View, chain, random_life
 from event_transports import nats_publisher as publisher
 from event_transports import nats_subscription as subscribe
+from nats_tokens import Operator, pair
 
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventGap, WorkerSnapshot
@@ -233,11 +232,6 @@ def test_a_publisher_without_server_closes_in_time(tmp_path):
     assert 0.1 < time.monotonic() - begun < 10
 
 
-def pair():
-    seed = nkeys.encode_seed(os.urandom(32), nkeys.PREFIX_BYTE_USER)
-    return seed, nkeys.from_seed(bytearray(seed)).public_key.decode()
-
-
 def test_credentials_of_every_kind(tmp_path):
     seed, public = pair()
     (tmp_path / "right.nk").write_bytes(seed)
@@ -261,6 +255,38 @@ def test_credentials_of_every_kind(tmp_path):
         for kind in ("creds", "nkey"):
             with pytest.raises(TransportError, match=r"no\.creds holds no key of a NATS user"):
                 publisher({"connection": NatsConnection.from_url(f"nats://{host}?{kind}={tmp_path}/no.creds")})
+
+
+def test_a_file_of_credentials_is_shown_to_a_server_that_trusts_its_operator(tmp_path, caplog):
+    operator = Operator()
+    files = {
+        "right": operator.credentials(),
+        "foreign": Operator().credentials(),
+        "expired": operator.credentials({"exp": 1}),
+        "mute": operator.credentials(pub={"deny": ["kvbm.events.>"]}),
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.creds").write_text(text)
+    with NatsServer(tmp_path / "store", token="", settings=operator.settings) as server:
+        place = {
+            name: {
+                "connection": NatsConnection.from_url(f"nats://127.0.0.1:{server.port}?creds={tmp_path}/{name}.creds")
+            }
+            for name in files
+        }
+        with publisher(place["right"]) as source, subscribe(place["right"]) as subscription:
+            source.publish(chain(2))
+            View().follow(subscription, lambda view: len(view.claims) == 2)
+        for name in ("foreign", "expired"):
+            with pytest.raises(TransportError, match=rf"refuses the credentials \(.*{name}\.creds\)"):
+                publisher(place[name])
+        assert caplog.messages == []
+        with publisher(place["mute"], linger=0.2) as source:
+            source.publish(chain(2))
+            deadline = time.monotonic() + 20
+            while not caplog.messages and time.monotonic() < deadline:
+                threading.Event().wait(0.01)
+        assert 'permissions violation for publish to "kvbm.events.w-1"' in caplog.messages[0].lower()
 
 
 def certificate(folder, name, subject):
