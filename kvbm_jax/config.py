@@ -26,6 +26,7 @@ from typing import Annotated, Any, Self
 import numpy as np
 
 from kvbm_jax import eviction, extensions
+from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import Consolidation, outlets
 from kvbm_jax.hashing import HashAlgorithm
@@ -36,6 +37,7 @@ __all__ = ["CacheDtype", "EventConsolidation", "EventTransport", "KvBlockManager
 
 _PREFIX = "KVBM_"
 _OTHER_VARIABLES = frozenset({"KVBM_TRACES"})  # read elsewhere: the folder of traces for replay
+_ADDRESSES = frozenset({"events_url", "engine_events", "controller"})
 _MAX_SLOTS = 2**31 - 1  # slots and block ids are int32 on the device
 _DISK_BUDGET = 10 << 30
 _INTEGER = re.compile(r"[+-]?[0-9]{1,30}")
@@ -209,11 +211,13 @@ class KvBlockManagerConfig:
         if self.events_url is not None:
             if self.events in {EventTransport.INPROC, EventTransport.NONE}:
                 raise ConfigError(
-                    f"events_url = {self.events_url!r} but events = {self.events}; an address needs a transport, "
-                    "events = nats or zmq for example"
+                    f"events_url = {public(self.events_url)!r} but events = {self.events}; an address needs a "
+                    "transport, events = nats or zmq for example"
                 )
             if self.events in {EventTransport.NATS, EventTransport.ZMQ} and "://" not in self.events_url:
-                raise ConfigError(f"events_url = {self.events_url!r}: allowed is an address such as tcp://host:port")
+                raise ConfigError(
+                    f"events_url = {public(self.events_url)!r}: allowed is an address such as tcp://host:port"
+                )
         if self.consolidate is not EventConsolidation.NONE and self.events == EventTransport.NONE:
             raise ConfigError(f"consolidate = {self.consolidate} but events = none: nobody is told")
         if self.engine_events and self.consolidate is EventConsolidation.NONE:
@@ -270,17 +274,26 @@ class KvBlockManagerConfig:
             values[name] = _check(name, _key(name, "arguments"), value, "argument")
         return cls(**values)
 
-    def as_dict(self) -> dict[str, Any]:
-        """Returns the values by key, fit for JSON and, unset ones left out, for a TOML file."""
+    def __repr__(self) -> str:
+        fields = ", ".join(f"{name}={value!r}" for name, value in self.as_dict().items())
+        return f"{type(self).__name__}({fields})"
 
-        def plain(value: Any) -> Any:
+    def as_dict(self) -> dict[str, Any]:
+        """Returns the values by key, fit for JSON and, unset ones left out, for a TOML file.
+
+        Addresses are without their credentials, so that all of it may be shown.
+        """
+
+        def plain(name: str, value: Any) -> Any:
             if isinstance(value, TenantQuotas):
                 return dict(value)
             if isinstance(value, tuple):
-                return list(value)
-            return str(value) if isinstance(value, str | pathlib.Path) else value
+                return [plain(name, item) for item in value]
+            if isinstance(value, str | pathlib.Path):
+                return public(str(value)) if name in _ADDRESSES else str(value)
+            return value
 
-        return {name: plain(getattr(self, name)) for name in _keys()}
+        return {name: plain(name, getattr(self, name)) for name in _keys()}
 
     @staticmethod
     def json_schema() -> dict[str, Any]:

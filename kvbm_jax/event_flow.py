@@ -14,6 +14,7 @@ import contextlib
 import logging
 import threading
 
+from kvbm_jax.addresses import public
 from kvbm_jax.closing import Closing
 from kvbm_jax.config import EventConsolidation, EventTransport, KvBlockManagerConfig
 from kvbm_jax.events import (
@@ -67,7 +68,7 @@ class EventFlow(Closing):
                 sink = consolidator.source("manager")
                 for url in config.engine_events:
                     renamer = Renamer(consolidator.source(url), algorithm=config.hash_algorithm)
-                    opening.enter_context(_Engine(open_inlet("zmq", config.worker_id, url), renamer, url))
+                    opening.enter_context(_Engine(open_inlet("zmq", config.worker_id, url), renamer, public(url)))
             self._opened = opening.pop_all()
         self.sink = sink
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm_jax.config import CacheDtype, EventTransport, KvBlockManagerConfig
+from kvbm_jax.controller.address import parse_address
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.hashing import HashAlgorithm
 
@@ -317,6 +318,23 @@ def test_schema_and_record_tell_the_same_keys_and_defaults():
     assert "default" not in properties["offload_path"]
     told = properties["engine_events"]
     assert (told["type"], told["items"], told["default"]) == ("array", {"type": "string"}, [])
+
+
+@pytest.mark.parametrize("credentials", ["sesame", "user:sesame", "user:p@:/sesame", "sesame:"])
+def test_credentials_of_addresses_are_shown_nowhere(credentials):
+    url = f"nats://{credentials}@host:4222?tls_ca=/ca"
+    config = KvBlockManagerConfig(events="nats", events_url=url)
+    assert config.events_url == url
+    assert config.as_dict()["events_url"] == "nats://...@host:4222?tls_ca=/ca"
+    for values in ({"events_url": url}, {"events": "nats", "events_url": url.replace("://", ":")}):
+        with pytest.raises(ConfigError, match=r"events_url = ") as caught:
+            KvBlockManagerConfig(**values)
+        assert "sesame" not in str(caught.value)
+    with pytest.raises(ConfigError, match=r"no address of a controller") as caught:
+        parse_address(url)
+    assert "sesame" not in f"{caught.value} {config} {dataclasses.replace(config, block_size=8)!r}"
+    assert KvBlockManagerConfig(model_id="hf://a/b@main").as_dict()["model_id"] == "hf://a/b@main"
+    assert eval(repr(KvBlockManagerConfig(block_size=8))) == KvBlockManagerConfig(block_size=8)
 
 
 def test_a_configuration_is_frozen_and_replaceable():

@@ -41,6 +41,7 @@ FLOORS = {
     ],
     1: ["kernels", "cache", "attention", "step", "quota_step"],
     2: [
+        "addresses",
         "closing",
         "hashing",
         "identity",

@@ -6,6 +6,7 @@ import urllib.parse
 from pathlib import Path
 from typing import NamedTuple
 
+from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.runtime_folder import runtime_folder
 
@@ -51,13 +52,13 @@ def parse_address(url: str) -> Address:
         parts = urllib.parse.urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise ConfigError(f"{url!r} is no address of a controller: {error}") from error
+        raise ConfigError(f"{public(url)!r} is no address of a controller: {error}") from error
     if parts.scheme == "unix" and not parts.netloc and parts.path.startswith("/"):
         return Address(_checked(Path(urllib.parse.unquote(parts.path))))
     plain = parts.path in {"", "/"} and not (parts.query or parts.fragment or parts.username or parts.password)
     if parts.scheme == "http" and parts.hostname and port is not None and plain:
         return Address(None, parts.hostname, port)
-    raise ConfigError(f"{url!r} is no address of a controller; allowed are unix:///path and http://host:port")
+    raise ConfigError(f"{public(url)!r} is no address of a controller; allowed are unix:///path and http://host:port")
 
 
 def default_socket(worker_id: str) -> Path:

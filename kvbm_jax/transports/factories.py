@@ -3,6 +3,7 @@
 import urllib.parse
 from collections.abc import Callable
 
+from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import KvEventBatch, ParentGate, Subscription
 from kvbm_jax.protocols import EventSink, MetricsSink
@@ -47,7 +48,7 @@ def zmq_source(worker_id: str, url: str) -> Subscription:
     replay = asked.pop("replay", None)
     if asked:
         raise ConfigError(
-            f"{url!r} asks for {', '.join(sorted(asked))}; known is replay, such as ?replay=tcp://host:port"
+            f"{public(url)!r} asks for {', '.join(sorted(asked))}; known is replay, such as ?replay=tcp://host:port"
         )
     return subscribe_zmq(ZmqKvEventSubscriberConfig(endpoint=endpoint, replay_endpoint=replay, worker_id=worker_id))
 
@@ -105,5 +106,5 @@ def replay_endpoint(url: str) -> str:
     if port == "*":
         return url
     if not port.isdecimal() or not 0 < int(port) < 65_535:
-        raise ConfigError(f"{url!r}: allowed is an address such as tcp://127.0.0.1:5557")
+        raise ConfigError(f"{public(url)!r}: allowed is an address such as tcp://127.0.0.1:5557")
     return f"{head}:{int(port) + 1}"

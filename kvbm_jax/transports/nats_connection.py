@@ -13,10 +13,11 @@ import threading
 import urllib.parse
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.extras import needs
 
@@ -42,8 +43,8 @@ class NatsConnection:
 
     url: str = "nats://127.0.0.1:4222"
     user: str | None = None
-    password: str | None = None
-    token: str | None = None
+    password: str | None = field(default=None, repr=False)
+    token: str | None = field(default=None, repr=False)
     nkey: Path | None = None  # file of a seed
     creds: Path | None = None  # file of a JWT and its seed
     tls_ca: Path | None = None  # certificates that servers are checked by; None: the system's
@@ -73,12 +74,12 @@ class NatsConnection:
         try:
             port = parts.port or 4222
         except ValueError as error:
-            raise ConfigError(f"the port of {_public(url)!r} is none: {error}") from error
+            raise ConfigError(f"the port of {public(url)!r} is none: {error}") from error
         if parts.scheme not in {"nats", "tls"} or not parts.hostname:
-            raise ConfigError(f"{_public(url)!r} is no address of a NATS server, such as nats://host:4222")
+            raise ConfigError(f"{public(url)!r} is no address of a NATS server, such as nats://host:4222")
         query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
         if unknown := sorted(query.keys() - set(_FILES)):
-            raise ConfigError(f"{_public(url)!r} asks for {', '.join(unknown)}; known are {', '.join(_FILES)}")
+            raise ConfigError(f"{public(url)!r} asks for {', '.join(unknown)}; known are {', '.join(_FILES)}")
         host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
         user, password = (urllib.parse.unquote(text) if text else None for text in (parts.username, parts.password))
         token = user if user and password is None else None
@@ -294,9 +295,3 @@ async def _close(client: Client) -> None:
 
 def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
-
-
-def _public(url: str) -> str:
-    """An address without its credentials."""
-    head, at, tail = url.rpartition("@")
-    return f"{head.partition('://')[0]}://...@{tail}" if at else url

@@ -18,6 +18,7 @@ import time
 from collections import deque
 from dataclasses import dataclass, field
 
+from kvbm_jax.addresses import public
 from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
@@ -135,7 +136,7 @@ class ZmqKvEventPublisher(Closing):
             socket.bind(endpoint)
         except zmq.ZMQError as error:
             raise TransportError(
-                f"events cannot be published at {endpoint}: {error}; choose another address"
+                f"events cannot be published at {public(endpoint)}: {error}; choose another address"
             ) from error
         return socket, socket.getsockopt_string(zmq.LAST_ENDPOINT)
 

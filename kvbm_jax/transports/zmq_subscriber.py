@@ -12,6 +12,7 @@ import time
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError, EventDecodeError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, EventGap, StreamItem, Subscription, WorkerSnapshot
 from kvbm_jax.extras import needs
@@ -85,7 +86,7 @@ class _Reader:
         except zmq.ZMQError as error:
             self._sub.disable_monitor()
             self._context.destroy(linger=0)
-            raise TransportError(f"events cannot be read from {config.endpoint}: {error}") from error
+            raise TransportError(f"events cannot be read from {public(config.endpoint)}: {error}") from error
         self._next: int | None = None  # sequence expected; None before the first
         self._last: bytes | None = None  # payload of the message before it, if that was read
         self._newest = -1  # sequence last seen on the SUB socket

@@ -329,6 +329,12 @@ def test_addresses_that_are_none(url, match):
     assert "secret" not in str(caught.value)
 
 
+def test_a_connection_shows_no_secret():
+    for url in ("nats://u:sesame@h", "nats://sesame@h"):
+        connection = NatsConnection.from_url(url)
+        assert "sesame" not in f"{connection} {NatsKvEventPublisherConfig(connection=connection)}"
+
+
 def test_nobody_there_is_one_clear_error():
     with pytest.raises(TransportError, match=r"no NATS server answers at nats://127\.0\.0\.1:1"):
         publisher({"connection": NatsConnection(url="nats://127.0.0.1:1", timeout=1.0)})
