@@ -74,7 +74,9 @@ METRICS: dict[str, Metric] = {
         Metric("kvbm_engine_seconds", MetricKind.HISTOGRAM, "time of one batch, waiting included", _ENGINE, _SECONDS),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
         Metric(
-            "kvbm_events_dropped_total", MetricKind.COUNTER, "events dropped for a subscriber or a network too slow"
+            "kvbm_events_dropped_total",
+            MetricKind.COUNTER,
+            "events dropped for a subscriber or a network too slow, or a message too long",
         ),
         Metric("kvbm_events_queue_depth", MetricKind.GAUGE, "batches waiting to be sent to the network"),
     )

@@ -4,8 +4,9 @@
 subscribers (`subscription`), `sinks` has the trivial receivers, `outlets` finds transports by name. `prefix_index` is
 what a router believes, `snapshot` what it is told first, `live` what a worker makes that from. `consolidator` makes one
 stream of several sources, `parent_gate` one that peers with trees can follow, `rename` one under our hashes; all three
-see batches as `rows`. `codec`, `native`, `engine` and `dynamo` turn batches into messages and back, with `columns` and
-`runs` beneath them. Transports beyond the process are floor 5 (`kvbm_jax.transports`) and not imported from here.
+see batches as `rows`. `codec`, `native`, `engine` and `dynamo` turn batches into messages and back, with `columns`,
+`runs` and `parts` beneath them. Transports beyond the process are floor 5 (`kvbm_jax.transports`) and not imported from
+here.
 """
 
 from kvbm_jax.events.bus import EventBus
@@ -17,6 +18,7 @@ from kvbm_jax.events.live import LiveBlocks
 from kvbm_jax.events.native import JsonCodec, MsgpackCodec
 from kvbm_jax.events.outlets import open_inlet, open_outlet
 from kvbm_jax.events.parent_gate import ParentGate
+from kvbm_jax.events.parts import parts
 from kvbm_jax.events.prefix_index import Holder, IndexStats, Overlap, PrefixIndex
 from kvbm_jax.events.publisher import EventPublisher
 from kvbm_jax.events.rename import Renamer
@@ -56,4 +58,5 @@ __all__ = [
     "FanOutSink",
     "NullEventSink",
     "RecordingEventSink",
+    "parts",
 ]

@@ -18,8 +18,9 @@ import msgspec
 
 from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
-from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec
+from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec, parts
 from kvbm_jax.extras import needs
+from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
@@ -34,6 +35,7 @@ with needs("nats", "events over NATS"):
 
 __all__ = ["NatsKvEventPublisher", "NatsKvEventPublisherConfig"]
 
+_MOST_EVENTS, _MOST_TOKENS = 1024, 65_536  # of a message: some 400 KB, and servers take 1 MB
 _CHUNK = 64  # messages for one acknowledgement
 _PATIENCE = 5.0  # seconds without an acknowledgement after which a connection is given up
 _PULSE = 1.0  # seconds between looks at what is late, and lines that say how far the worker is
@@ -98,7 +100,8 @@ class NatsKvEventPublisher(Closing):
         self._unacknowledged: deque[_Sent] = deque()
         self._last_answer = 0.0
         self._refused: str | None = None
-        self._encoder = Encoder(config.codec)
+        metrics = NullMetrics() if metrics is None else metrics
+        self._encoder = Encoder(config.codec, metrics)
         self._sending = False  # from taking batches off the queue until they are sent
         self._settled = threading.Condition()
         self._deadline = float("inf")
@@ -120,8 +123,12 @@ class NatsKvEventPublisher(Closing):
         self._thread.start()
 
     def publish(self, batch: KvEventBatch, /) -> None:
-        """Puts a batch in the queue and returns; what happens to a full queue is the configuration's choice."""
-        self._outbox.put(batch)
+        """Puts a batch in the queue and returns; what happens to a full queue is the configuration's choice.
+
+        A batch that would be too long for a message of a server with its default limits goes in parts.
+        """
+        for part in parts(batch, most_events=_MOST_EVENTS, most_tokens=_MOST_TOKENS):
+            self._outbox.put(part)
 
     def flush(self, timeout: float | None = None) -> bool:
         """Waits until what has been published is with the server; returns whether it was in time."""
@@ -130,7 +137,7 @@ class NatsKvEventPublisher(Closing):
 
     def stats(self) -> OutboxStats:
         """Returns the counters."""
-        return self._outbox.stats()
+        return self._outbox.stats()._replace(unsent=self._encoder.unsent)
 
     def close(self) -> None:
         """Delivers what is waiting, for `linger` seconds at most, and ends. Idempotent."""
@@ -233,11 +240,9 @@ class NatsKvEventPublisher(Closing):
             return
         sequence, snapshot = await asyncio.to_thread(self._outbox.snapshot)
         headers = {MESSAGE_ID: self._id(sequence)}
-        for batch in to_batches(snapshot):
-            payload = self._encoder.encode(batch, client.max_payload)
-            if payload is not None:
-                await client.publish(request.reply, payload, headers=headers)
-        await client.publish(request.reply, b"", headers=headers)
+        payloads = self._encoder.encode_all(to_batches(snapshot), client.max_payload)
+        for payload in [*payloads, b""] if payloads else ():
+            await client.publish(request.reply, payload, headers=headers)
 
     def _id(self, sequence: int) -> str:
         return f"{self._config.worker_id}:{self._life}:{sequence}"

@@ -33,11 +33,12 @@ class Overflow(enum.StrEnum):
 
 
 class OutboxStats(NamedTuple):
-    """What a publisher has done so far; the sum is what was published."""
+    """What a publisher has done so far; taken, dropped and waiting are together what was published."""
 
     taken: int  # batches sent, or about to be
     dropped: int  # batches that made room
     waiting: int  # batches
+    unsent: int = 0  # batches of those taken that could not be put into a message; readers see a gap
 
 
 class Outbox:

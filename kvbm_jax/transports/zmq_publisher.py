@@ -23,6 +23,7 @@ from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
 from kvbm_jax.extras import needs
+from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import MetricsSink
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
@@ -83,7 +84,8 @@ class ZmqKvEventPublisher(Closing):
         self._wake = threading.Event()
         self._kept: deque[tuple[int, bytes]] = deque(maxlen=config.buffer_steps)
         self._keeping = threading.Lock()
-        self._encoder = Encoder(config.codec)
+        metrics = NullMetrics() if metrics is None else metrics
+        self._encoder = Encoder(config.codec, metrics)
         self._outbox = Outbox(
             config.worker_id,
             capacity=config.max_queue_size,
@@ -115,7 +117,7 @@ class ZmqKvEventPublisher(Closing):
 
     def stats(self) -> OutboxStats:
         """Returns the counters."""
-        return self._outbox.stats()
+        return self._outbox.stats()._replace(unsent=self._encoder.unsent)
 
     def close(self) -> None:
         """Sends what is waiting, for `linger` seconds at most, and ends. Idempotent."""
@@ -186,8 +188,7 @@ class ZmqKvEventPublisher(Closing):
         """The messages of an answer, without its end."""
         if wanted == SNAPSHOT:
             sequence, snapshot = self._outbox.snapshot()
-            payloads = (self._encoder.encode(batch) for batch in to_batches(snapshot))
-            return [(sequence, payload) for payload in payloads if payload is not None]
+            return [(sequence, payload) for payload in self._encoder.encode_all(to_batches(snapshot))]
         (first,) = SEQUENCE.unpack(wanted)
         with self._keeping:
             return list(itertools.dropwhile(lambda message: message[0] < first, self._kept))

@@ -1,13 +1,14 @@
 import dataclasses
 import time
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.events import SCHEMA_VERSION, EventType, KvEvent, KvEventBatch
+from kvbm_jax.events import SCHEMA_VERSION, EventType, KvEvent, KvEventBatch, parts
 from kvbm_jax.hashing import hash_sequence
 from kvbm_jax.protocols import Clock, Tier
 
@@ -28,6 +29,28 @@ def created(count=3):
         token_ids=tokens,
         **WORKER,
     )
+
+
+@given(st.integers(1, 40), st.integers(1, 9), st.integers(1, 60), st.integers(0, 3))
+def test_parts_of_a_batch_are_its_rows_within_bounds(count, most_events, most_tokens, odd):
+    whole = created(count)
+    if odd:  # of which no two rows need be alike
+        rows = list(whole)
+        rows[0] = msgspec.structs.replace(rows[0], token_ids=(1,) * odd, lora_name="l", metadata={"a": "b"})
+        rows[-1] = msgspec.structs.replace(rows[-1], event_type=EventType.DELETED, token_ids=(), to_worker="v")
+        whole = KvEventBatch.from_events(rows)
+    found = list(parts(whole, most_events=most_events, most_tokens=most_tokens))
+    assert [row for part in found for row in part] == list(whole)
+    for part in found:
+        assert 1 <= len(part) <= most_events
+        assert len(part) == 1 or len(part.token_ids) <= most_tokens
+    assert (whole.shared is None) == any(part.shared is None for part in found)
+
+
+def test_a_batch_within_bounds_is_its_only_part():
+    whole = created()
+    assert list(parts(whole, most_events=3, most_tokens=12)) == [whole]
+    assert whole.shared is not None
 
 
 def test_rows_of_a_created_batch():

@@ -15,6 +15,7 @@ from nats_tokens import Operator, pair
 
 from kvbm_jax.errors import ConfigError, TransportError
 from kvbm_jax.events import EngineCodec, EventGap, WorkerSnapshot
+from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.transports import nats_publisher as nats_publisher_module
 from kvbm_jax.transports import nats_server
 from kvbm_jax.transports.nats_connection import NatsConnection
@@ -130,6 +131,41 @@ def test_who_had_nothing_to_say_for_long_is_no_broken_connection(place, monkeypa
             assert source.flush(20)
             threading.Event().wait(1.1)  # longer than an answer may take
     assert caplog.messages == []
+
+
+@BOTH
+def test_a_prompt_of_any_length_is_told_in_messages_that_a_server_takes(place, jetstream):
+    long = chain(8192, block_size=16)  # a message of 1.1 MB
+    with publisher(place, jetstream=jetstream) as source, subscribe(place, jetstream=jetstream) as subscription:
+        view = View()
+        view.follow(subscription, lambda view: view.snapshots)
+        source.publish(long)
+        view.follow(subscription, lambda view: len(view.event_ids) == 8192)
+        with subscribe(place, jetstream=jetstream) as late:
+            later = View()
+            later.follow(late, lambda view: len(view.claims) == 8192)
+    assert (view.event_ids, view.gaps, view.snapshots) == (list(range(8192)), [], 1)
+    assert source.stats().unsent == 0
+
+
+def test_what_a_server_finds_too_long_is_counted_and_leaves_a_gap(tmp_path, caplog):
+    metrics = InMemoryMetrics()
+    with NatsServer(tmp_path / "store", settings=["max_payload: 4096"]) as server:
+        place = {"connection": NatsConnection.from_url(server.url)}
+        config = NatsKvEventPublisherConfig(worker_id="w-1", **place)
+        with NatsKvEventPublisher(config, metrics=metrics) as source, subscribe(place, patience=0.5) as subscription:
+            view = View()
+            view.follow(subscription, lambda view: view.snapshots)
+            source.publish(chain(100))
+            source.publish(chain(2, first_event_id=100, seed=1))
+            view.follow(subscription, lambda view: view.event_ids == [100, 101])
+            assert source.flush(20)
+            stats = source.stats()
+    assert view.gaps == [EventGap(1, 0)]
+    assert (stats.taken, stats.unsent) == (2, 1)
+    assert metrics.snapshot()["kvbm_events_dropped_total"] == 100
+    assert "of 100 events is not sent" in caplog.text
+    assert "the server takes 4,096 (its max_payload)" in caplog.text
 
 
 def test_a_stream_is_replayed_from_a_sequence(place):

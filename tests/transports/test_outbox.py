@@ -26,7 +26,7 @@ def test_batches_leave_in_order_and_numbered():
     assert (first, [int(batch.event_ids[0]) for batch in batches]) == (0, [0, 2])
     assert numbers(box.take(2)) == [2]
     assert box.take(2) == (3, [])
-    assert box.stats() == (3, 0, 0)
+    assert box.stats() == (3, 0, 0, 0)
 
 
 def test_a_full_queue_drops_its_oldest_and_their_numbers_are_missing():
@@ -35,7 +35,7 @@ def test_a_full_queue_drops_its_oldest_and_their_numbers_are_missing():
     for i in range(5):
         box.put(chain(3, first_event_id=3 * i, seed=i))
     assert numbers(box.take(9)) == [3, 4]
-    assert box.stats() == (2, 3, 0)
+    assert box.stats() == (2, 3, 0, 0)
     assert metrics.snapshot()["kvbm_events_dropped_total"] == 9
     sequence, snapshot = box.snapshot()
     assert (sequence, sum(map(len, snapshot.batches))) == (5, 15)  # what was dropped has happened all the same
