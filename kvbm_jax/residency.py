@@ -167,6 +167,10 @@ class Residency:
         """Returns sizes and counters of the tiers below."""
         return {} if self._engine is None else self._engine.stats()
 
+    def counts(self) -> dict[Tier, int]:
+        """Returns how many blocks each tier below has been decided to hold."""
+        return {} if self._engine is None else self._engine.counts()
+
     def warm_up(self, cache: KVCache) -> None:
         """Compiles the programs of offloading."""
         if self._engine is not None:

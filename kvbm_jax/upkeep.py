@@ -97,7 +97,7 @@ class Upkeep:
           ConfigError: if there is no such tier here.
         """
         residency = self._device.residency
-        below = {tier: stats.blocks for tier, stats in residency.stats().items()}
+        below = residency.counts()
         if isinstance(what, Tier):
             if what is not Tier.G1 and what not in below:
                 here = ", ".join(tier.label for tier in (Tier.G1, *below))

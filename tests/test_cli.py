@@ -280,5 +280,13 @@ def test_the_installed_script_runs():
     assert json.loads(done.stdout.splitlines()[-1])["block_size"] == 64
 
 
+@pytest.mark.parametrize("arguments", [["dashboard"], ["--help"]], ids=str)
+def test_who_has_read_enough_is_no_error(arguments):
+    command = [sys.executable, "-c", "import sys; from kvbm_jax.cli import main; sys.exit(main())", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.close()
+        assert (process.stderr.read(), process.wait(60)) == (b"", 0)
+
+
 def test_a_table_of_nothing_is_empty():
     assert table([]) == ""

@@ -6,6 +6,7 @@ check that failed or an error of this library (one line on standard error), 2 wr
 """
 
 import argparse
+import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
@@ -24,7 +25,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     Args:
       argv: The arguments after the program's name; None for those of this process.
     """
-    args = _parser().parse_args(argv)
+    try:
+        args = _parser().parse_args(argv)
+    except SystemExit:  # after help, or a complaint
+        _say("")
+        raise
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("default")
         try:
@@ -34,7 +39,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 _complain("warning", warning.message)
     if report is None:
         return 1
-    print(report.json() if args.json else report.text)
+    _say(f"{report.json() if args.json else report.text}\n")
     return report.status
 
 
@@ -58,9 +63,28 @@ def _run(command: Callable[[argparse.Namespace], Report], args: argparse.Namespa
     """Runs a command; None if the library refused, which has then been said."""
     try:
         return command(args)
+    except BrokenPipeError:  # the command prints as it goes
+        _hang_up()
+        return Report({}, "")
     except KvbmError as error:
         _complain("error", error)
         return None
+
+
+def _say(text: str) -> None:
+    """Writes to standard output, whose reader may have left, as `head` does when it has enough."""
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:
+        _hang_up()
+
+
+def _hang_up() -> None:
+    """Has what is still to be written go nowhere."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, sys.stdout.fileno())
+    os.close(nowhere)
 
 
 def _complain(kind: str, what: object) -> None:

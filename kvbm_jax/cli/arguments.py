@@ -1,10 +1,13 @@
 """Parsers of arguments that several commands take; what they refuse is wrong usage."""
 
 import argparse
+import math
 from collections.abc import Callable
 from pathlib import Path
 
-__all__ = ["at_least", "folder", "listed"]
+__all__ = ["at_least", "folder", "listed", "seconds"]
+
+_DAY = 86_400.0
 
 
 def at_least(low: int) -> Callable[[str], int]:
@@ -16,6 +19,17 @@ def at_least(low: int) -> Callable[[str], int]:
         return int(text)
 
     return parse
+
+
+def seconds(text: str) -> float:
+    """Parses a number of seconds, a day at most."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = math.nan
+    if not 0 <= found <= _DAY:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to {_DAY:,.0f}")
+    return found
 
 
 def listed[T](item: Callable[[str], T]) -> Callable[[str], list[T]]:

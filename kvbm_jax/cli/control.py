@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvbm_jax import logs
-from kvbm_jax.cli.arguments import at_least
+from kvbm_jax.cli.arguments import at_least, seconds
 from kvbm_jax.cli.report import Report, table
 
 __all__ = ["COMMANDS", "ControlCommand"]
@@ -30,7 +30,7 @@ class ControlCommand:
         where.add_argument("--url", help="address of the controller, unix:///path or http://host:port")
         parser.add_argument("--token-file", type=Path, metavar="F", help="file of the controller's bearer token")
         parser.add_argument(
-            "--wait", type=float, default=30.0, metavar="S", help="seconds to wait for the manager (30)"
+            "--wait", type=seconds, default=30.0, metavar="S", help="seconds to wait for the manager (30)"
         )
 
     def ask(self, args: argparse.Namespace) -> dict[str, Any]:
@@ -117,7 +117,7 @@ def _blocks(parser: argparse.ArgumentParser) -> None:
 
 
 def _seconds(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seconds", type=float, default=60.0, metavar="S", help="how long it may take (default 60)")
+    parser.add_argument("--seconds", type=seconds, default=60.0, metavar="S", help="how long it may take (default 60)")
 
 
 COMMANDS = (

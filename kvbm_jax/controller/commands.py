@@ -1,9 +1,11 @@
 """What a controller can be asked: for each command the request, decoded strictly, and what it answers."""
 
 import dataclasses
+import itertools
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Annotated, Any, NamedTuple
 
 import msgspec
@@ -14,9 +16,29 @@ from kvbm_jax.manager import BlockManager
 from kvbm_jax.protocols import BlockKey, Tier
 from kvbm_jax.upkeep import Upkeep
 
-__all__ = ["COMMANDS", "Answer", "Command", "carry_out"]
+__all__ = ["COMMANDS", "Answer", "Command", "Listing", "carry_out"]
 
-type Answer = dict[str, Any]
+_ROWS = 1000  # of a listing, put into JSON at once
+
+
+class Listing(NamedTuple):
+    """An answer of any length: some fields, and at last `blocks`, which are made row by row as they are sent."""
+
+    fields: dict[str, Any]
+    blocks: Iterable[dict[str, Any]]
+
+    def pieces(self) -> Iterator[str]:
+        """Yields the JSON of the answer."""
+        separator = ", " if self.fields else ""
+        yield "{" + json.dumps(self.fields)[1:-1] + f'{separator}"blocks": ['
+        separator = ""
+        for rows in itertools.batched(self.blocks, _ROWS):
+            yield separator + json.dumps(rows)[1:-1]
+            separator = ", "
+        yield "]}"
+
+
+type Answer = dict[str, Any] | Listing
 
 _Seconds = Annotated[float, msgspec.Meta(ge=0, le=86_400)]
 
@@ -74,7 +96,7 @@ def carry_out(name: str, manager: BlockManager, body: bytes) -> Answer:
 
 
 def _status(manager: BlockManager, asked: _Request) -> Answer:
-    def look(upkeep: Upkeep) -> Answer:
+    def look(upkeep: Upkeep) -> dict[str, Any]:
         layout, counts = manager.layout, manager.stats()
         return {
             "worker_id": manager.config.worker_id,
@@ -121,23 +143,21 @@ def _flush(manager: BlockManager, asked: _Flush) -> Answer:
 def _snapshot(manager: BlockManager, asked: _Chosen) -> Answer:
     wanted = _tier(asked.tier) if asked.one_of("all", "tier") == "tier" else None
     held = manager.command(lambda upkeep: upkeep.records(), asked.wait)
-    return {
-        "worker_id": manager.config.worker_id,
-        "blocks": [
-            {
-                "tier": tier.label,
-                "block_id": block_id,
-                "hash": record.key.sequence_hash.hex(),
-                "group_idx": record.key.group_idx,
-                "parent": None if record.parent_hash is None else record.parent_hash.hex(),
-                "tokens": len(record.token_ids),
-                "lora_name": record.lora_name,
-            }
-            for tier, records in held.items()
-            if wanted in {None, tier}
-            for block_id, record in records
-        ],
-    }
+    blocks = (
+        {
+            "tier": tier.label,
+            "block_id": block_id,
+            "hash": record.key.sequence_hash.hex(),
+            "group_idx": record.key.group_idx,
+            "parent": None if record.parent_hash is None else record.parent_hash.hex(),
+            "tokens": len(record.token_ids),
+            "lora_name": record.lora_name,
+        }
+        for tier, records in held.items()
+        if wanted in {None, tier}
+        for block_id, record in records
+    )
+    return Listing({"worker_id": manager.config.worker_id}, blocks)
 
 
 def _log_level(manager: BlockManager, asked: _LogLevel) -> Answer:

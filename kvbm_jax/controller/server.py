@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 
 from kvbm_jax.closing import Closing
 from kvbm_jax.controller.address import Address, check_token, default_socket, parse_address
-from kvbm_jax.controller.commands import COMMANDS, carry_out
+from kvbm_jax.controller.commands import COMMANDS, Answer, Listing, carry_out
 from kvbm_jax.errors import BlockStateError, BusyError, ConfigError, KvbmError, TransportError
 from kvbm_jax.manager import BlockManager
 
@@ -80,7 +80,10 @@ class Controller(Closing):
 @contextlib.contextmanager
 def _owned(path: Path) -> Any:
     """Has this process alone listen at a path; what a process that is gone has left there is removed."""
-    lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise TransportError(f"the controller cannot listen at unix://{path}: {error.strerror}") from error
     try:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -174,6 +177,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._answer()
 
     def _answer(self) -> None:
+        answer: Answer
         try:
             status, answer = HTTPStatus.OK, self._carry_out()
         except _Refusal as error:
@@ -188,7 +192,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, _told("KvbmError", f"{type(error).__name__}: {error}")
         self._send(status, answer, {})
 
-    def _carry_out(self) -> dict[str, Any]:
+    def _carry_out(self) -> Answer:
         self._check_caller()
         name = self.path.removeprefix(_PREFIX)
         if name not in COMMANDS or not self.path.startswith(_PREFIX):
@@ -243,16 +247,18 @@ class _Handler(BaseHTTPRequestHandler):
             while left > 0 and (passed := len(self.connection.recv(1 << 16))):
                 left -= passed
 
-    def _send(self, status: HTTPStatus, answer: dict[str, Any], headers: dict[str, str]) -> None:
-        body = json.dumps(answer).encode()
+    def _send(self, status: HTTPStatus, answer: Answer, headers: dict[str, str]) -> None:
+        pieces = answer.pieces() if isinstance(answer, Listing) else [json.dumps(answer)]
         try:
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
+            if isinstance(pieces, list):  # else the end of the connection is the end of the answer
+                self.send_header("Content-Length", str(len(pieces[0])))
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
             self.end_headers()
-            self.wfile.write(body)
+            for piece in pieces:
+                self.wfile.write(piece.encode())
         except OSError as error:
             _LOG.info("who asked %s is gone: %s", self.path, error)
 

@@ -251,6 +251,10 @@ class OffloadEngine:
         """Returns sizes and counters by tier."""
         return {tier: store.stats() for tier, store in self._stores.items()}
 
+    def counts(self) -> dict[Tier, int]:
+        """Returns how many blocks each tier has been decided to hold; stores follow on their own threads."""
+        return {tier: self._tiers.count(tier) for tier in self._stores}
+
     def holding(self, key: BlockKey) -> list[Tier]:
         """Returns the tiers that hold a block."""
         return [tier for tier in self._stores if self._tiers.holds(key, tier)]

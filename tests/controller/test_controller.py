@@ -12,7 +12,8 @@ import threading
 import pytest
 
 from kvbm_jax.cli import main
-from kvbm_jax.controller import ControlClient, Controller, running_workers
+from kvbm_jax.controller import ControlClient, Controller, commands, running_workers
+from kvbm_jax.controller.commands import Listing
 from kvbm_jax.errors import BlockStateError, BusyError, ConfigError, TransportError
 from kvbm_jax.hashing import hash_sequence
 from kvbm_jax.runtime_folder import runtime_folder
@@ -297,8 +298,48 @@ def test_addresses_that_are_none_are_refused(manager, url, message):
 def test_an_address_that_cannot_be_had_is_told(manager):
     with Controller(manager, "http://127.0.0.1:0") as first, pytest.raises(TransportError, match="cannot listen at"):
         Controller(manager, first.url)
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(
+        TransportError, match="cannot listen at unix:///nowhere/at/all: No such file or directory"
+    ) as told:
         Controller(manager, "unix:///nowhere/at/all")
+    assert isinstance(told.value, OSError)
+
+
+@pytest.mark.parametrize("count", [0, 1, 1000, 2001])
+def test_a_listing_is_the_json_of_all_of_it(count):
+    rows = [{"hash": f"{number:032x}", "parent": None} for number in range(count)]
+    pieces = list(Listing({"worker_id": "w"}, iter(rows)).pieces())
+    assert json.loads("".join(pieces)) == {"worker_id": "w", "blocks": rows}
+    assert max(map(len, pieces)) < 100_000
+
+
+def test_a_listing_of_many_blocks_is_never_there_as_a_whole(manager, monkeypatch):
+    made = []
+
+    def row(number):
+        made.append(number)
+        return {"hash": f"{number:032x}"}
+
+    monkeypatch.setitem(
+        commands.COMMANDS,
+        "snapshot",
+        commands.COMMANDS["snapshot"]._replace(act=lambda *_: Listing({}, map(row, range(300_000)))),
+    )
+    with Controller(manager, "http://127.0.0.1:0") as controller:
+        host, port = controller.url.removeprefix("http://").split(":")
+        with socket.create_connection((host, int(port))) as slow:
+            lines = [
+                "POST /v1/snapshot HTTP/1.0",
+                "Host: localhost",
+                "Content-Type: application/json",
+                "Content-Length: 2",
+            ]
+            slow.sendall("\r\n".join([*lines, "", "{}"]).encode())
+            first = slow.recv(1000)
+            assert first.startswith(b"HTTP/1.0 200")
+            assert len(made) < 300_000, "it waits for who reads"
+            rest = first + b"".join(iter(lambda: slow.recv(1 << 20), b""))
+    assert len(json.loads(rest.partition(b"\r\n\r\n")[2])["blocks"]) == len(made) == 300_000
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:0", "http://[::1]:0", "unix"])
@@ -416,6 +457,7 @@ def test_the_command_line_tells_what_went_wrong_in_a_line(manager, capsys, tmp_p
         token = tmp_path / "token"
         token.write_text(TOKEN)
         assert run(capsys, "status", "--url", controller.url, "--token-file", str(token))[0] == 0
-    for wrong in (["reset"], ["reset", "--all", "--tier", "g1"], ["pin"], ["evict", "--blocks", "-1"]):
+    seconds = [["flush", f"{name}={text}"] for name in ("--wait", "--seconds") for text in ("nan", "inf", "-1", "1e6")]
+    for wrong in (["reset"], ["reset", "--all", "--tier", "g1"], ["pin"], ["evict", "--blocks", "-1"], *seconds):
         with pytest.raises(SystemExit, match="2"):
             main(wrong)

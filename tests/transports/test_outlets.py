@@ -1,6 +1,8 @@
 """Managers that publish beyond their process, as their configuration says."""
 
 import json
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -131,6 +133,21 @@ def test_the_events_of_a_host_are_followed_on_the_command_line(own_folders, caps
     assert {item["worker_id"] for item in items} == {"w-1"}
     assert {item["event_type"] for item in items[1:]} <= {"created", "deleted", "cleared"}
     assert summary == {"events": 2, "snapshots": 1, "gaps": 0}
+
+
+def test_following_ends_when_nobody_reads_what_is_printed():
+    port = free_ports()
+    with manager(events="zmq", events_url=f"tcp://127.0.0.1:{port}") as owner:
+        work(owner)
+        command = [sys.executable, "-c", "import sys; from kvbm_jax.cli import main; sys.exit(main())"]
+        command += ["events", "tail", "--url", f"tcp://127.0.0.1:{port}"]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout.readline().strip().endswith(b"holds 2 blocks before event 0")
+            process.stdout.close()
+            while process.poll() is None:
+                owner.clear()
+                work(owner)
+            assert (process.stderr.read(), process.returncode) == (b"", 0)
 
 
 def test_a_publisher_over_zeromq_is_followed_on_the_command_line(capsys):
