@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from kvbm_jax.errors import KvbmError, TransportError
 from kvbm_jax.events import EventCodec, KvEventBatch
 from kvbm_jax.protocols import MetricsSink
+from kvbm_jax.transports.first_time import FirstTime
 
 __all__ = ["Encoder"]
 
@@ -26,7 +27,7 @@ class Encoder:
     def __init__(self, codec: EventCodec, metrics: MetricsSink) -> None:
         self._codec = codec
         self._metrics = metrics
-        self._complained = False
+        self._complain = FirstTime(_LOG, "a batch of %d events is not sent: %s")
         self.unsent = 0
 
     def encode(self, batch: KvEventBatch, longest: int | None = None) -> bytes | None:
@@ -53,8 +54,6 @@ class Encoder:
             if longest is not None and len(payload) > longest:
                 raise TransportError(f"{len(payload):,} bytes; the server takes {longest:,} (its max_payload)")
         except (KvbmError, UnicodeError, OverflowError) as error:
-            if not self._complained:
-                self._complained = True
-                _LOG.warning("a batch of %d events is not sent (later ones are not told): %s", len(batch), error)
+            self._complain(len(batch), error)
             return None
         return payload

@@ -22,6 +22,7 @@ from kvbm_jax.events import EventCodec, KvEventBatch, MsgpackCodec, parts
 from kvbm_jax.extras import needs
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import MetricsSink
+from kvbm_jax.transports.checks import check_least
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MESSAGE_ID, NatsStream, Subjects, open_stream, status_of
@@ -57,9 +58,7 @@ class NatsKvEventPublisherConfig:
     codec: EventCodec = field(default_factory=MsgpackCodec)
 
     def __post_init__(self) -> None:
-        for name, low in (("max_queue_size", 1), ("max_unacknowledged", 1), ("linger", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is a number >= {low}")
+        check_least(self, max_queue_size=1, max_unacknowledged=1, linger=0)
         if not self.codec.native:
             raise ConfigError(f"codec {self.codec.name}: NATS carries native messages, such as msgpack")
 

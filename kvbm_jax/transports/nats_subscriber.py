@@ -20,6 +20,8 @@ from typing import NamedTuple
 from kvbm_jax.errors import ConfigError, EventDecodeError
 from kvbm_jax.events import EventCodec, EventGap, KvEventBatch, MsgpackCodec, StreamItem, Subscription, WorkerSnapshot
 from kvbm_jax.extras import needs
+from kvbm_jax.transports.checks import check_above, check_least
+from kvbm_jax.transports.first_time import FirstTime
 from kvbm_jax.transports.nats_connection import NatsConnection, NatsThread
 from kvbm_jax.transports.nats_wire import MessageId, NatsStream, Subjects, open_stream, status_of
 from kvbm_jax.transports.snapshots import from_batches
@@ -57,6 +59,8 @@ class NatsKvEventSubscriberConfig:
     codec: EventCodec = field(default_factory=MsgpackCodec)
 
     def __post_init__(self) -> None:
+        check_least(self, capacity=1)
+        check_above(self, "patience")
         if not self.jetstream and (self.durable is not None or self.start_sequence is not None):
             raise ConfigError("durable and start_sequence are JetStream's; without it there is no history")
         if self.durable is not None and (not self.durable.isprintable() or set(self.durable) & set(" .*>/\\")):
@@ -104,7 +108,7 @@ class _Reader:
         self._next: int | None = None  # sequence of the stream from which the next connection goes on
         self._pushed = 0
         self._unread: deque[_Unread] = deque()
-        self._complained = False
+        self._complain = FirstTime(_LOG, "a message is passed over: %s")
         self.subscription = Subscription(self._leave, config.capacity)
         self.thread = NatsThread(
             "kvbm-nats-subscriber", lambda: config.connection, self._session, ended=self.subscription.end
@@ -302,11 +306,6 @@ class _Reader:
         except EventDecodeError as error:
             self._complain(error)
             return None
-
-    def _complain(self, error: EventDecodeError) -> None:
-        if not self._complained:
-            self._complained = True
-            _LOG.warning("a message is passed over (later ones are not told): %s", error)
 
 
 async def _next_of(source: NatsSubscription, timeout: float) -> Msg | None:

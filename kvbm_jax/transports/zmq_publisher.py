@@ -20,11 +20,12 @@ from dataclasses import dataclass, field
 
 from kvbm_jax.addresses import public
 from kvbm_jax.closing import Closing
-from kvbm_jax.errors import ConfigError, TransportError
+from kvbm_jax.errors import TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, KvEventBatch
 from kvbm_jax.extras import needs
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import MetricsSink
+from kvbm_jax.transports.checks import check_least
 from kvbm_jax.transports.encoder import Encoder
 from kvbm_jax.transports.outbox import Outbox, OutboxStats, Overflow
 from kvbm_jax.transports.snapshots import to_batches
@@ -60,9 +61,7 @@ class ZmqKvEventPublisherConfig:
     codec: EventCodec = field(default_factory=EngineCodec)
 
     def __post_init__(self) -> None:
-        for name, low in (("buffer_steps", 1), ("hwm", 0), ("max_queue_size", 1), ("linger", 0)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is a number >= {low}")
+        check_least(self, buffer_steps=1, hwm=0, max_queue_size=1, linger=0)
 
 
 class ZmqKvEventPublisher(Closing):

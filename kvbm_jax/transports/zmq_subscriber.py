@@ -6,6 +6,7 @@ at the end of a stream, when nothing follows that would show it, are found by as
 connection, and when asking, the last message is asked for again: if it is another one now, the worker was restarted.
 """
 
+import functools
 import logging
 import threading
 import time
@@ -13,9 +14,11 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from kvbm_jax.addresses import public
-from kvbm_jax.errors import ConfigError, EventDecodeError, TransportError
+from kvbm_jax.errors import EventDecodeError, TransportError
 from kvbm_jax.events import EngineCodec, EventCodec, EventGap, StreamItem, Subscription, WorkerSnapshot
 from kvbm_jax.extras import needs
+from kvbm_jax.transports.checks import check_above, check_least
+from kvbm_jax.transports.first_time import FirstTime
 from kvbm_jax.transports.snapshots import from_batches
 from kvbm_jax.transports.zmq_publisher import END, SEQUENCE, SNAPSHOT
 
@@ -45,12 +48,8 @@ class ZmqKvEventSubscriberConfig:
     codec: EventCodec | None = None  # None: the engines'
 
     def __post_init__(self) -> None:
-        for name, low in (("hwm", 0), ("capacity", 1)):
-            if getattr(self, name) < low:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is a number >= {low}")
-        for name in ("quiet", "patience"):
-            if getattr(self, name) <= 0:
-                raise ConfigError(f"{name} = {getattr(self, name)}: allowed is a number > 0")
+        check_least(self, hwm=0, capacity=1)
+        check_above(self, "quiet", "patience")
 
 
 def subscribe_zmq(config: ZmqKvEventSubscriberConfig | None = None) -> Subscription:
@@ -92,7 +91,9 @@ class _Reader:
         self._newest = -1  # sequence last seen on the SUB socket
         self._next_event_id = 0
         self._codec = EngineCodec(config.worker_id) if config.codec is None else config.codec
-        self._complained = False
+        self._complain = functools.partial(
+            FirstTime(_LOG, "a message of %s is passed over: %s"), public(config.endpoint)
+        )
         self._waiting: list[StreamItem] = []
         self._stop = threading.Event()
         self.subscription = Subscription(self._leave, config.capacity)
@@ -255,11 +256,6 @@ class _Reader:
         if self._waiting and not self.subscription.push_all(self._waiting):
             self._stop.set()
         self._waiting = []
-
-    def _complain(self, error: EventDecodeError) -> None:
-        if not self._complained:
-            self._complained = True
-            _LOG.warning("a message of %s is passed over (later ones are not told): %s", self._config.endpoint, error)
 
     def _ask(self, request: bytes) -> list[_Message] | None:
         """Returns the answer of the replay socket; None if it is silent or there is none."""

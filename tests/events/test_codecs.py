@@ -1,12 +1,10 @@
-import dataclasses
 import json
 
 import msgspec
 import numpy as np
 import pytest
-from event_batches import FOREIGN, GOLDEN, H1, H2, H3, NATIVE, chain, rows, story
-from hypothesis import given
-from hypothesis import strategies as st
+from event_batches import FOREIGN, GOLDEN, H1, H2, H3, NATIVE, chain, rows
+from native_codec import NativeCodec
 
 from kvbm_jax.errors import EventDecodeError, LayoutError
 from kvbm_jax.events import EventType, KvEvent, KvEventBatch
@@ -16,28 +14,6 @@ from kvbm_jax.protocols import Tier
 pytestmark = pytest.mark.core
 
 ENGINE, DYNAMO = FOREIGN["engine"], FOREIGN["dynamo"]
-HASHES = st.binary(min_size=16, max_size=16).filter(any)
-U64 = st.integers(0, 2**64 - 1)
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=5)
-EVENTS = st.builds(
-    KvEvent,
-    event_type=st.sampled_from(EventType),
-    block_id=U64,
-    worker_id=st.just("w"),
-    timestamp=U64,
-    metadata=st.dictionaries(TEXT, TEXT, max_size=2),
-    sequence_hash=st.none() | HASHES,
-    parent_hash=st.none() | HASHES,
-    token_ids=st.lists(st.integers(0, 2**32 - 1), max_size=5).map(tuple),
-    block_size=st.just(4),
-    tier=st.none() | st.sampled_from(Tier),
-    group_idx=st.integers(0, 2**32 - 1),
-    lora_name=st.none() | TEXT,
-    event_id=U64,
-    from_tier=st.none() | st.sampled_from(Tier),
-    from_block_id=U64,
-    to_worker=st.none() | TEXT,
-)
 
 
 def wire(block):
@@ -49,44 +25,14 @@ def short(block):
     return block[:8] + bytes(8)
 
 
-@pytest.mark.parametrize("name", NATIVE)
-def test_native_messages_are_the_golden_bytes(name):
-    assert fields(name, NATIVE[name].encode(story())) == fields(name, GOLDEN[name])
-    (batch,) = NATIVE[name].decode(GOLDEN[name])
-    assert rows([batch]) == rows([story()])
-    assert (batch.worker_id, batch.block_size, batch.dp_rank) == ("w-1", 4, 3)
+class TestMsgpack(NativeCodec):
+    codec = NATIVE["msgpack"]
+    fields = staticmethod(msgspec.msgpack.decode)
 
 
-def fields(name, data):
-    """The fields of a message with their bytes, whose order is free."""
-    decode = {"msgpack": msgspec.msgpack.decode, "json": msgspec.json.decode}[name]
-    assert len(data) == len(GOLDEN[name])
-    return decode(data)
-
-
-@pytest.mark.parametrize("name", NATIVE)
-@given(events=st.lists(EVENTS, min_size=1, max_size=5))
-def test_native_codecs_keep_everything(name, events):
-    batch = KvEventBatch.from_events(events)
-    assert rows(NATIVE[name].decode(NATIVE[name].encode(batch))) == events
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_native_columns_are_as_they_were(name):
-    batch = chain(70)
-    (found,) = NATIVE[name].decode(NATIVE[name].encode(batch))
-    for field in (field for field in dataclasses.fields(batch) if field.init):
-        np.testing.assert_array_equal(getattr(found, field.name), getattr(batch, field.name), err_msg=field.name)
-
-
-@pytest.mark.parametrize("name", NATIVE)
-def test_a_batch_without_events_is_a_message_too(name):
-    (found,) = NATIVE[name].decode(NATIVE[name].encode(empty()))
-    assert len(found) == 0
-
-
-def empty():
-    return KvEventBatch.make([], [], worker_id="w", block_size=4, first_event_id=0, timestamp=0)
+class TestJson(NativeCodec):
+    codec = NATIVE["json"]
+    fields = staticmethod(msgspec.json.decode)
 
 
 @pytest.mark.parametrize(

@@ -1,37 +1,19 @@
-import dataclasses
 import importlib.resources
 import subprocess
 import sys
 
-import numpy as np
 import pytest
-from event_batches import GOLDEN, chain, rows, story
 from google.protobuf import descriptor_pb2
+from native_codec import NativeCodec
 
 from kvbm_jax.errors import EventDecodeError
-from kvbm_jax.events import KvEventBatch
 from kvbm_jax.transports.protobuf import ProtobufCodec, proto_source
 
 CODEC = ProtobufCodec()
 
 
-def test_messages_are_the_golden_bytes():
-    assert CODEC.encode(story()) == GOLDEN["protobuf"]
-    (batch,) = CODEC.decode(GOLDEN["protobuf"])
-    assert rows([batch]) == rows([story()])
-
-
-def test_columns_are_as_they_were():
-    batch = chain(70)
-    (found,) = CODEC.decode(CODEC.encode(batch))
-    for field in (field for field in dataclasses.fields(batch) if field.init):
-        np.testing.assert_array_equal(getattr(found, field.name), getattr(batch, field.name), err_msg=field.name)
-
-
-def test_a_batch_without_events_is_a_message_too():
-    empty = KvEventBatch.make([], [], worker_id="w", block_size=4, first_event_id=0, timestamp=0)
-    (found,) = CODEC.decode(CODEC.encode(empty))
-    assert len(found) == 0
+class TestProtobuf(NativeCodec):
+    codec = CODEC
 
 
 @pytest.mark.parametrize(
