@@ -15,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from kvbm_jax.errors import ConfigError
 from kvbm_jax.kernels import target
 
 __all__ = ["CopyConfig", "copy_config", "using"]
@@ -29,7 +30,7 @@ class CopyConfig:
     """How a copy through shared memory is cut up.
 
     Raises:
-      ValueError: the thread blocks of a multiprocessor ask for more shared memory than it has, or a field is out of
+      ConfigError: the thread blocks of a multiprocessor ask for more shared memory than it has, or a field is out of
         range.
     """
 
@@ -39,9 +40,9 @@ class CopyConfig:
 
     def __post_init__(self) -> None:
         if self.tile_bytes < 1 or self.blocks_per_core < 1 or not 2 <= self.stages <= _MOST_BARRIERS:
-            raise ValueError(f"{self} is out of range: stages 2 to {_MOST_BARRIERS}, the others from 1")
+            raise ConfigError(f"{self} is out of range: stages 2 to {_MOST_BARRIERS}, the others from 1")
         if (asked := self.tile_bytes * self.stages * self.blocks_per_core) > _SHARED_BYTES:
-            raise ValueError(
+            raise ConfigError(
                 f"{self} asks for {asked:,} bytes of shared memory; a multiprocessor has {_SHARED_BYTES:,}"
             )
 
