@@ -6,16 +6,20 @@ size rounded up to whole pages, so that a transfer library can register it once 
     address                address + slot_stride
     | block 0 .... | pad   | block 1 .... | pad   | ...      block_id = slot number
 
+Peers may read slots without asking the store (`kvbm_jax.transfer`): `pin` keeps slots from being written until `unpin`,
+whatever becomes of their blocks. At most `pinned_blocks` slots are pinned at a time, and the arena has that many slots
+more than blocks, so a put finds room however peers dawdle.
+
 Copies run on one worker thread, in the order of the calls, so no caller ever waits for one. Every block has an xxh3-64
 checksum, taken from its slot as it is put and compared with what has arrived in the reader's buffer as it is got: the
 bytes that are verified are the bytes that are used. It is a shelf: it never evicts, it does not survive the process.
 
-Axes: n blocks of a call, P bytes of a block, N slots.
+Axes: n blocks of a call, P bytes of a block, N blocks, S slots: N and as many as may be pinned.
 """
 
 import collections
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -29,7 +33,7 @@ from kvbm_jax.offload.allocator import PAGE_BYTES, Allocator, AnonymousAllocator
 from kvbm_jax.offload.checks import check_out, check_rows
 from kvbm_jax.protocols import BlockKey, BlockRecord, Outcome, StoreRow, StoreStats, Tier
 
-__all__ = ["HostBlockStore"]
+__all__ = ["HostBlockStore", "Pins"]
 
 type Rows = tuple[StoreRow, ...]
 
@@ -40,34 +44,57 @@ class _Held(NamedTuple):
     checksum: int
 
 
+class Pins(NamedTuple):
+    """What became of the blocks of a `pin`, and where those that are pinned lie."""
+
+    outcomes: list[Outcome]  # OK, MISS; or REFUSED: as many are pinned as may be
+    block_ids: list[int]  # the slot; S where there is none
+    checksums: list[int]  # XXH3-64 of the bytes; 0 where there are none
+
+
 class HostBlockStore:
     """Blocks in host memory.
 
     Args:
       block_bytes: Bytes of one block, `P`.
-      num_blocks: Slots of the arena, `N`.
+      num_blocks: Blocks it can hold, `N`.
       identity: What the blocks' bytes mean.
       allocator: Where the arena's memory comes from; None for fresh memory.
+      pinned_blocks: Slots that may be pinned at a time, at least 0; so many more than `num_blocks` the arena has.
 
     Raises:
       ConfigError: A size is not positive, or the memory cannot be had.
     """
 
     def __init__(
-        self, block_bytes: int, num_blocks: int, *, identity: CacheIdentity, allocator: Allocator | None = None
+        self,
+        block_bytes: int,
+        num_blocks: int,
+        *,
+        identity: CacheIdentity,
+        allocator: Allocator | None = None,
+        pinned_blocks: int = 0,
     ) -> None:
-        for name, value in (("block_bytes", block_bytes), ("num_blocks", num_blocks)):
-            if value < 1:
-                raise ConfigError(f"{name} = {value}: allowed is an integer >= 1")
+        for name, value, least in (
+            ("block_bytes", block_bytes, 1),
+            ("num_blocks", num_blocks, 1),
+            ("pinned_blocks", pinned_blocks, 0),
+        ):
+            if value < least:
+                raise ConfigError(f"{name} = {value}: allowed is an integer >= {least}")
         self._block_bytes = block_bytes
         self._identity = identity
         self._allocator = allocator or AnonymousAllocator()
         self._stride = -(-block_bytes // PAGE_BYTES) * PAGE_BYTES
-        self._memory: NDArray[np.uint8] | None = self._allocator.allocate(num_blocks * self._stride)
+        self._memory: NDArray[np.uint8] | None = self._allocator.allocate((num_blocks + pinned_blocks) * self._stride)
         self._address = self._memory.ctypes.data
         self._num_blocks = num_blocks
-        self._held: dict[BlockKey, _Held] = {}
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self._num_slots = num_blocks + pinned_blocks
+        self._held: dict[tuple[bytes, int], _Held] = {}  # by BlockKey, which is such a pair
+        self._free = list(range(self._num_slots - 1, -1, -1))
+        self._pinned_blocks = pinned_blocks
+        self._pins: dict[int, int] = {}  # how often each slot is pinned that is
+        self._left: set[int] = set()  # slots whose block is gone, and that are free once they are not pinned
         self._counts = dict.fromkeys(("puts", "refused", "hits", "misses", "corrupt", "deletes"), 0)
         self._calls: collections.deque[Future[Rows]] = collections.deque()  # not done when last looked at
         self._closed = False
@@ -101,7 +128,7 @@ class HostBlockStore:
 
     @property
     def slots(self) -> NDArray[np.uint8]:
-        """The arena's blocks, u8[N, P], row = block_id; a view, to register and to read, not to write."""
+        """The arena's blocks, u8[S, P], row = block_id; a view, to register and to read, not to write."""
         with self._lock:
             self._check_open()
             return self._slots()
@@ -130,6 +157,48 @@ class HostBlockStore:
         with self._lock:
             self._check_open()
             return tuple(key in self._held for key in keys)
+
+    def pin(self, keys: Iterable[tuple[bytes, int]]) -> Pins:
+        """Keeps the slots of blocks from being written, until `unpin`; at once.
+
+        Args:
+          keys: Of the blocks; pairs as in `BlockKey` will do.
+        """
+        pins = Pins([], [], [])
+        with self._lock:
+            self._check_open()
+            for key in keys:
+                held = self._held.get(key)
+                if held is None:
+                    outcome, slot, checksum = Outcome.MISS, self._num_slots, 0
+                elif held.slot not in self._pins and len(self._pins) >= self._pinned_blocks:
+                    outcome, slot, checksum = Outcome.REFUSED, self._num_slots, 0
+                else:
+                    outcome, slot, checksum = Outcome.OK, held.slot, held.checksum
+                    self._pins[slot] = self._pins.get(slot, 0) + 1
+                pins.outcomes.append(outcome)
+                pins.block_ids.append(slot)
+                pins.checksums.append(checksum)
+        return pins
+
+    def unpin(self, block_ids: Iterable[int]) -> None:
+        """Takes back as many pins as it is given slots.
+
+        Raises:
+          BlockStateError: A slot is not pinned.
+        """
+        with self._lock:
+            for slot in block_ids:
+                count = self._pins.get(slot, 0)
+                if not count:
+                    raise BlockStateError(f"slot {slot} is not pinned")
+                if count > 1:
+                    self._pins[slot] = count - 1
+                    continue
+                del self._pins[slot]
+                if slot in self._left:
+                    self._left.remove(slot)
+                    self._free.append(slot)
 
     def records(self) -> Iterator[tuple[int, BlockRecord]]:
         """Yields (block_id, record) of every block held when called, the oldest put first."""
@@ -162,11 +231,12 @@ class HostBlockStore:
         held = self._held.get(record.key)
         if held is not None:
             return StoreRow(Outcome.PRESENT, held.slot)
-        if not self._free:
+        if len(self._held) >= self._num_blocks:
             with self._lock:
                 self._counts["refused"] += 1
             return StoreRow(Outcome.REFUSED, reason=f"full: {self._num_blocks} of {self._num_blocks} blocks held")
-        slot = self._free.pop()
+        with self._lock:
+            slot = self._free.pop()
         target = self._slots()[slot]
         np.copyto(target, block)
         held = _Held(slot, record, xxhash.xxh3_64_intdigest(target))
@@ -201,14 +271,17 @@ class HostBlockStore:
     def _drop(self, key: BlockKey, held: _Held, counter: str) -> None:
         with self._lock:
             del self._held[key]
-            self._free.append(held.slot)
+            if held.slot in self._pins:
+                self._left.add(held.slot)
+            else:
+                self._free.append(held.slot)
             self._counts[counter] += 1
 
     # What follows runs anywhere.
 
     def _slots(self) -> NDArray[np.uint8]:
         assert self._memory is not None  # noqa: S101 (gone only after the worker)
-        return self._memory.reshape(self._num_blocks, self._stride)[:, : self._block_bytes]
+        return self._memory.reshape(self._num_slots, self._stride)[:, : self._block_bytes]
 
     def _submit(self, call: Callable[[], Rows]) -> Future[Rows]:
         with self._lock:

@@ -5,8 +5,9 @@ import threading
 
 import numpy as np
 import pytest
+import xxhash
 
-from kvbm_jax.errors import ConfigError
+from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.allocator import PAGE_BYTES, AnonymousAllocator, BufferAllocator
@@ -152,3 +153,70 @@ def test_a_view_outlives_the_store(store):
     slots = store.slots
     store.close()
     np.testing.assert_array_equal(slots[row.block_id], blocks(1)[0])
+
+
+@pytest.fixture
+def shared():
+    """Four blocks, of which two may be pinned."""
+    opened = HostBlockStore(P, 4, identity=IDENTITY, pinned_blocks=2)
+    yield opened
+    opened.close()
+
+
+def test_pinned_slots_keep_their_bytes_whatever_becomes_of_their_blocks(shared):
+    put(shared, 1, 2, 3, 4)
+    pins = shared.pin([key(1), key(9), key(2)])
+    assert pins.outcomes == [Outcome.OK, Outcome.MISS, Outcome.OK]
+    assert pins.block_ids[1] == len(shared.slots) == 6
+    assert pins.checksums == [xxhash.xxh3_64_intdigest(blocks(1)[0]), 0, xxhash.xxh3_64_intdigest(blocks(2)[0])]
+    shared.delete([key(n) for n in (1, 2, 3, 4)]).result(30)
+    assert [row.outcome for row in put(shared, 5, 6, 7, 8, 9)] == [Outcome.OK] * 4 + [Outcome.REFUSED]
+    np.testing.assert_array_equal(shared.slots[[pins.block_ids[0], pins.block_ids[2]]], blocks(1, 2))
+    shared.unpin([pins.block_ids[0], pins.block_ids[2]])
+    shared.delete([key(5), key(6)]).result(30)
+    assert [row.outcome for row in put(shared, 1, 2)] == [Outcome.OK] * 2
+
+
+def test_no_more_slots_are_pinned_than_there_is_room_for(shared):
+    put(shared, 1, 2, 3)
+    first = shared.pin([key(1), key(2), key(3), key(1)])
+    assert first.outcomes == [Outcome.OK, Outcome.OK, Outcome.REFUSED, Outcome.OK]
+    one, two, _, again = first.block_ids
+    assert again == one
+    shared.unpin([one])
+    assert shared.pin([key(3)]).outcomes == [Outcome.REFUSED]  # pinned twice, and once no more
+    shared.unpin([one])
+    assert shared.pin([key(3)]).outcomes == [Outcome.OK]
+    with pytest.raises(BlockStateError, match=f"slot {one} is not pinned"):
+        shared.unpin([one])
+    shared.unpin([two])
+
+
+def test_pins_and_puts_at_random_never_disturb_a_pinned_slot(shared):
+    rng = np.random.default_rng(0)
+    pinned = {}  # slot: (number, times)
+    for _ in range(500):
+        number = int(rng.integers(8))
+        match int(rng.integers(4)):
+            case 0:
+                put(shared, number)
+            case 1:
+                shared.delete([key(number)]).result(30)
+            case 2:
+                (outcome,), (slot,), _ = shared.pin([key(number)])
+                if outcome is Outcome.OK:
+                    assert pinned.get(slot, (number, 0))[0] == number
+                    pinned[slot] = number, pinned.get(slot, (number, 0))[1] + 1
+            case 3 if pinned:
+                slot = next(iter(pinned))
+                shared.unpin([slot])
+                number, times = pinned.pop(slot)
+                if times > 1:
+                    pinned[slot] = number, times - 1
+        for slot, (number, _) in pinned.items():
+            np.testing.assert_array_equal(shared.slots[slot], blocks(number)[0])
+
+
+def test_a_number_of_pins_below_none_is_refused():
+    with pytest.raises(ConfigError, match="pinned_blocks = -1"):
+        HostBlockStore(P, 4, identity=IDENTITY, pinned_blocks=-1)
