@@ -14,6 +14,7 @@ __all__ = [
     "EventDecodeError",
     "FrameError",
     "HashingError",
+    "IdentityMismatchError",
     "InvariantError",
     "KvbmError",
     "LayoutError",
@@ -91,6 +92,10 @@ class PeerLostError(TransferError):
 
 class FrameError(TransferError, ValueError):
     """Bytes on a connection between workers that are no frame of its protocol; the connection is closed."""
+
+
+class IdentityMismatchError(KvbmError, ValueError):
+    """A peer's blocks are of another model or layout; the message has both fingerprints and what differs."""
 
 
 class TraceError(KvbmError, ValueError):

@@ -72,6 +72,9 @@ METRICS: dict[str, Metric] = {
         Metric("kvbm_engine_requests_total", MetricKind.COUNTER, "batches read from peers or written to them", _ENGINE),
         Metric("kvbm_engine_failures_total", MetricKind.COUNTER, "of these, batches that failed", (*_ENGINE, "reason")),
         Metric("kvbm_engine_seconds", MetricKind.HISTOGRAM, "time of one batch, waiting included", _ENGINE, _SECONDS),
+        Metric("kvbm_peer_quarantines_total", MetricKind.COUNTER, "peers shut out after repeated faults"),
+        Metric("kvbm_leased_blocks", MetricKind.GAUGE, "host blocks that peers may be reading"),
+        Metric("kvbm_leases_expired_total", MetricKind.COUNTER, "leases that peers did not give back in time"),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
         Metric(
             "kvbm_events_dropped_total",

@@ -6,6 +6,9 @@ comes back.
 
 import contextlib
 import multiprocessing
+import os
+import signal
+from pathlib import Path
 
 import pytest
 
@@ -33,6 +36,17 @@ class Peer:
         """Ends the process as a fault would."""
         self.process.kill()
         self.process.join()
+
+    def stop(self):
+        """Has it hang, until `resume`."""
+        os.kill(self.process.pid, signal.SIGSTOP)
+        stat = Path(f"/proc/{self.process.pid}/stat")
+        while stat.read_text().rpartition(") ")[2][0] != "T":
+            os.sched_yield()
+
+    def resume(self):
+        """Has it go on."""
+        os.kill(self.process.pid, signal.SIGCONT)
 
 
 def _serve(connection, make, arguments):

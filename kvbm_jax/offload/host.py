@@ -117,6 +117,11 @@ class HostBlockStore:
         return self._identity
 
     @property
+    def pinned_blocks(self) -> int:
+        """Slots that may be pinned at a time."""
+        return self._pinned_blocks
+
+    @property
     def address(self) -> int:
         """Where slot 0 begins, a multiple of 4,096."""
         return self._address

@@ -4,7 +4,6 @@ import contextlib
 import importlib.util
 import logging
 import os
-import signal
 import subprocess
 import sys
 import threading
@@ -255,13 +254,13 @@ def test_a_transfer_that_waits_can_be_called_off_and_one_under_way_keeps_its_mem
         here = engine.register(memory)
         everything = np.arange(LARGE[0], dtype=np.int32)
         engine.read(far.name, far.slots, ids(0), here, ids(0)).result(WAIT)
-        os.kill(peer.process.pid, signal.SIGSTOP)
+        peer.stop()
         under_way = engine.read(far.name, far.slots, everything, here, everything)
         with pytest.raises(TimeoutError):
             under_way.result(0.2)
         assert not under_way.done()
         assert not under_way.cancel()
-        os.kill(peer.process.pid, signal.SIGCONT)
+        peer.resume()
         under_way.result(WAIT)
         np.testing.assert_array_equal(memory, pattern(7, *LARGE[:2]))
 
