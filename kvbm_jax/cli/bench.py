@@ -18,6 +18,7 @@ _OFFLOAD = "time how blocks move between device, host memory and disk"
 _POOL = "time the bookkeeping of a server's step"
 _EVENTS = "time how events are published over ZeroMQ and to JetStream, and what that costs a decode step"
 _KERNELS = "time how blocks and tokens move within and out of a cache"
+_TRANSFER = "time how blocks are pulled out of another process's memory"
 _HASH = "time how the blocks of a sequence are hashed"
 
 
@@ -62,6 +63,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is moved at once, at least 4 (default 32)",
     )
     moves.set_defaults(bench=_kernels)
+    transfers = benches.add_parser(
+        "transfer", parents=[common], help=_TRANSFER, description=_TRANSFER.capitalize() + "."
+    )
+    transfers.add_argument(
+        "--mib", type=positive, default=64, metavar="N", help="what is pulled at once, in MiB (default 64)"
+    )
+    transfers.set_defaults(bench=_transfer)
 
     hashes = benches.add_parser("hash", parents=[common], help=_HASH, description=_HASH.capitalize() + ".")
     hashes.add_argument(
@@ -116,6 +124,13 @@ def _events(args: argparse.Namespace) -> Report:
 
     rows = _timed(args.repeats, events.measure, args.blocks) + _timed(args.repeats, telling.measure)
     return _report("events", f"to {args.blocks:,} blocks a trial, medians of {args.repeats:,}", rows)
+
+
+def _transfer(args: argparse.Namespace) -> Report:
+    from kvbm_jax.bench.transfer import measure  # noqa: PLC0415 (what it brings, `--help` need not)
+
+    rows = _timed(args.repeats, measure, args.mib << 20)
+    return _report("transfer", f"{args.mib:,} MiB a pull, medians of {args.repeats:,}", rows)
 
 
 def _timed[**P](

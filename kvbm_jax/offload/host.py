@@ -45,11 +45,11 @@ class _Held(NamedTuple):
 
 
 class Pins(NamedTuple):
-    """What became of the blocks of a `pin`, and where those that are pinned lie."""
+    """Where the blocks of a `pin` lie, those that are held and could be pinned."""
 
-    outcomes: list[Outcome]  # OK, MISS; or REFUSED: as many are pinned as may be
-    block_ids: list[int]  # the slot; S where there is none
-    checksums: list[int]  # XXH3-64 of the bytes; 0 where there are none
+    block_ids: list[int]  # n; the slot, S where the block is not pinned
+    checksums: list[int]  # n; XXH3-64 of the bytes, anything where the block is not pinned
+    refused: list[int]  # places of blocks that are held, and of which as many are pinned as may be
 
 
 class HostBlockStore:
@@ -93,7 +93,7 @@ class HostBlockStore:
         self._held: dict[tuple[bytes, int], _Held] = {}  # by BlockKey, which is such a pair
         self._free = list(range(self._num_slots - 1, -1, -1))
         self._pinned_blocks = pinned_blocks
-        self._pins: dict[int, int] = {}  # how often each slot is pinned that is
+        self._pins: collections.Counter[int] = collections.Counter()  # how often each slot is pinned that is
         self._left: set[int] = set()  # slots whose block is gone, and that are free once they are not pinned
         self._counts = dict.fromkeys(("puts", "refused", "hits", "misses", "corrupt", "deletes"), 0)
         self._calls: collections.deque[Future[Rows]] = collections.deque()  # not done when last looked at
@@ -169,22 +169,18 @@ class HostBlockStore:
         Args:
           keys: Of the blocks; pairs as in `BlockKey` will do.
         """
-        pins = Pins([], [], [])
+        nowhere = self._num_slots
         with self._lock:
             self._check_open()
-            for key in keys:
-                held = self._held.get(key)
-                if held is None:
-                    outcome, slot, checksum = Outcome.MISS, self._num_slots, 0
-                elif held.slot not in self._pins and len(self._pins) >= self._pinned_blocks:
-                    outcome, slot, checksum = Outcome.REFUSED, self._num_slots, 0
-                else:
-                    outcome, slot, checksum = Outcome.OK, held.slot, held.checksum
-                    self._pins[slot] = self._pins.get(slot, 0) + 1
-                pins.outcomes.append(outcome)
-                pins.block_ids.append(slot)
-                pins.checksums.append(checksum)
-        return pins
+            found = [self._held.get(key) for key in keys]
+            block_ids = [nowhere if held is None else held.slot for held in found]
+            checksums = [0 if held is None else held.checksum for held in found]
+            refused = self._without_room(block_ids)
+            for place in refused:
+                block_ids[place] = nowhere
+            self._pins.update(block_ids)
+            self._pins.pop(nowhere, None)
+        return Pins(block_ids, checksums, refused)
 
     def unpin(self, block_ids: Iterable[int]) -> None:
         """Takes back as many pins as it is given slots.
@@ -204,6 +200,15 @@ class HostBlockStore:
                 if slot in self._left:
                     self._left.remove(slot)
                     self._free.append(slot)
+
+    def _without_room(self, block_ids: list[int]) -> list[int]:
+        """Returns the places of slots that cannot be pinned, for so many are already."""
+        room = self._pinned_blocks - len(self._pins)
+        if len(block_ids) <= room:
+            return []
+        fresh = [slot for slot in dict.fromkeys(block_ids) if slot not in self._pins and slot != self._num_slots]
+        barred = set(fresh[room:])
+        return [place for place, slot in enumerate(block_ids) if slot in barred]
 
     def records(self) -> Iterator[tuple[int, BlockRecord]]:
         """Yields (block_id, record) of every block held when called, the oldest put first."""

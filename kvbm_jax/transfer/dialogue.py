@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 
 from kvbm_jax.errors import FrameError
 from kvbm_jax.layout import LayoutKind
-from kvbm_jax.protocols import Outcome, Slots
-from kvbm_jax.transfer.frames import Message, Refused
+from kvbm_jax.offload.host import Pins
+from kvbm_jax.protocols import Slots
+from kvbm_jax.transfer.frames import Message, Refused, ids_from, packed
 
 __all__ = [
     "About",
@@ -32,7 +33,6 @@ __all__ = [
 ]
 
 HASH_BYTES = 16
-_CODES = (Outcome.OK, Outcome.MISS, Outcome.REFUSED)
 
 
 class Describe(Message, tag="describe", frozen=True):
@@ -64,16 +64,15 @@ class Leased(Message, tag="leased", frozen=True):
     """What is held, and pinned for as long as was asked."""
 
     lease: int
-    outcomes: bytes  # uint8[n]: 0 held, 1 not held, 2 held, but not to be had now
-    block_ids: bytes  # int32[n]: the slot of each that is held
-    checksums: bytes  # uint64[n]: XXH3-64 of its bytes
+    block_ids: bytes  # int32[n]: the slot of each block, the number of slots for a block that is not leased
+    checksums: bytes  # uint64[n]: XXH3-64 of the bytes of each that is
+    refused: bytes  # int32[r]: places of blocks that are held, and not to be had now
 
     @classmethod
-    def of(cls, lease: int, outcomes: list[Outcome], block_ids: list[int], checksums: list[int]) -> "Leased":
+    def of(cls, lease: int, pins: Pins) -> "Leased":
         """Makes the message."""
-        codes = bytes(map(_CODES.index, outcomes))
-        slots = np.array(block_ids, "<i4").tobytes()
-        return cls(lease, codes, slots, np.array(checksums, "<u8").tobytes())
+        checksums = np.array(pins.checksums, "<u8").tobytes()
+        return cls(lease, packed(pins.block_ids), checksums, packed(pins.refused))
 
 
 class Release(Message, tag="release", frozen=True):
@@ -86,29 +85,25 @@ class Found(NamedTuple):
     """A `Leased` as arrays, of n blocks asked for."""
 
     held: NDArray[np.bool_]  # bool[n]
-    refused: NDArray[np.bool_]  # bool[n]
-    block_ids: NDArray[np.int32]  # int32[n]
+    refused: NDArray[np.int32]  # int32[r], places
+    block_ids: NDArray[np.int32]  # int32[n], slots of those held
     checksums: list[int]  # n
 
     @classmethod
-    def read(cls, message: Leased, count: int) -> "Found":
-        """Reads a message over `count` blocks.
+    def read(cls, message: Leased, count: int, num_slots: int) -> "Found":
+        """Reads a message over `count` blocks of a peer with so many slots.
 
         Raises:
-          FrameError: It is of other blocks.
+          FrameError: It is of other blocks, or names other slots.
         """
-        sizes = len(message.outcomes), len(message.block_ids) // 4, len(message.checksums) // 8
-        if sizes != (count, count, count) or len(message.block_ids) % 4 or len(message.checksums) % 8:
-            raise FrameError(f"a lease of {count:,} blocks has {sizes[0]:,} outcomes, {sizes[1]:,} slots")
-        codes = np.frombuffer(message.outcomes, np.uint8)
-        if count and codes.max() >= len(_CODES):
-            raise FrameError(f"outcome {codes.max()} is unknown; known are 0 to {len(_CODES) - 1}")
-        return cls(
-            codes == _CODES.index(Outcome.OK),
-            codes == _CODES.index(Outcome.REFUSED),
-            np.frombuffer(message.block_ids, "<i4").astype(np.int32),
-            np.frombuffer(message.checksums, "<u8").tolist(),
-        )
+        block_ids, refused = ids_from(message.block_ids), ids_from(message.refused)
+        if len(block_ids) != count or len(message.checksums) != 8 * count:
+            raise FrameError(f"a lease of {count:,} blocks has {len(block_ids):,} slots")
+        for what, ids, most in (("slots", block_ids, num_slots), ("places", refused, count - 1)):
+            if len(ids) and not (ids.min() >= 0 and ids.max() <= most):
+                raise FrameError(f"{what} {ids.min()} to {ids.max()} are leased; {most} is the last")
+        checksums: list[int] = np.frombuffer(message.checksums, "<u8").tolist()
+        return cls(block_ids < num_slots, refused, block_ids, checksums)
 
 
 request_decoder = msgspec.msgpack.Decoder(Describe | Lookup | Release)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import msgspec
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from kvbm_jax.errors import FrameError, TransferError
 from kvbm_jax.protocols import Slots
@@ -135,9 +135,9 @@ def decoded(body: bytes | bytearray, expected: "msgspec.msgpack.Decoder[MessageT
         raise FrameError(f"{len(body):,} bytes are no message that is expected here: {error}") from error
 
 
-def packed(ids: NDArray[np.int32]) -> bytes:
+def packed(ids: ArrayLike) -> bytes:
     """Returns ids, i32[n], as messages carry them."""
-    return ids.astype("<i4").tobytes()
+    return np.asarray(ids, "<i4").tobytes()
 
 
 def ids_from(data: bytes) -> NDArray[np.int32]:

@@ -13,7 +13,7 @@ from kvbm_jax.closing import Closing
 from kvbm_jax.errors import BlockStateError
 from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.offload.host import HostBlockStore, Pins
-from kvbm_jax.protocols import Clock, MetricsSink, Outcome
+from kvbm_jax.protocols import Clock, MetricsSink
 
 __all__ = ["Leases"]
 
@@ -34,6 +34,7 @@ class Leases(Closing):
 
     def __init__(self, store: HostBlockStore, *, clock: Clock, metrics: MetricsSink | None = None) -> None:
         self._store = store
+        self._num_slots = len(store.slots)
         self._clock = clock
         self._metrics = metrics or NullMetrics()
         self._leases: dict[int, _Lease] = {}
@@ -44,7 +45,7 @@ class Leases(Closing):
         self._thread.start()
 
     def grant(self, keys: Iterable[tuple[bytes, int]], seconds: float) -> tuple[int, Pins]:
-        """Leases blocks for so long; returns the lease's number, and what became of each block.
+        """Leases blocks for so long; returns the lease's number, and where they lie.
 
         Raises:
           BlockStateError: All is closed.
@@ -53,7 +54,7 @@ class Leases(Closing):
             if self._closed:
                 raise BlockStateError("the leases are closed")
             pins = self._store.pin(keys)
-            slots = [slot for slot, outcome in zip(pins.block_ids, pins.outcomes, strict=True) if outcome is Outcome.OK]
+            slots = [slot for slot in pins.block_ids if slot < self._num_slots]
             number = next(self._ids)
             self._leases[number] = _Lease(slots, self._clock.monotonic_ns() + round(seconds * 1e9))
             self._tell()

@@ -9,6 +9,9 @@ NIXL does not take a transfer back. A request that is released, and even a peer 
 way, which land when they please. So a transfer that was posted is always waited for, its future is done when nothing
 can land any more, and a peer is let go of only when nothing is under way with it.
 
+NIXL's own thread, which answers peers, looks for something to do without a pause if it is started from Python, a whole
+core's worth. Here it waits for events, and looks ten times a second beside.
+
 UCX would listen at every address of the machine. Here it is given the loopback device alone, unless the argument or the
 variable `UCX_NET_DEVICES` names others. What it listens on asks nobody for credentials: name devices of a network that
 you trust.
@@ -21,6 +24,7 @@ import logging
 import logging.config
 import os
 import queue
+import sys
 import threading
 import time
 import uuid
@@ -40,12 +44,13 @@ from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import Clock, MetricsSink, Slots
 from kvbm_jax.transfer.slots import check_transfer, described
 
-__all__ = ["NixlEngine", "available_backends"]
+__all__ = ["NixlEngine", "available_backends", "start_agent"]
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
 _DEVICES, _LOG_FILE = "UCX_NET_DEVICES", "UCX_LOG_FILE"
 _HERE = "NIXL_INIT_AGENT"  # NIXL's name for this side of a transfer
+_PROGRESS_DELAY = 100_000  # microseconds
 _GRACE = 5.0  # seconds that closing waits for transfers under way
 _PAUSES = (0.0, 0.00002, 0.0001, 0.0005)  # seconds between two looks at transfers in flight: longer and longer
 _ABANDONED: list[Any] = []  # agents and memory that a peer may still write into: kept as long as the process
@@ -74,8 +79,7 @@ def available_backends() -> list[str]:
       TransferError: NIXL does not start.
     """
     try:
-        agent = _nixl.nixl_agent(f"kvbm-{uuid.uuid4().hex}", _nixl.nixl_agent_config(backends=[]))
-        return sorted(agent.get_plugin_list())
+        return sorted(start_agent("doctor", ()).get_plugin_list())
     except Exception as error:
         raise TransferError(f"NIXL does not start: {_said(error)}") from error
 
@@ -122,7 +126,7 @@ class NixlEngine(Closing):
     ) -> None:
         self._metrics = metrics or NullMetrics()
         self._clock = clock
-        self._agent = _start(f"{name}-{uuid.uuid4().hex}", backends, devices)
+        self._agent = start_agent(name, backends, devices)
         self._memory: dict[int, tuple[NDArray[np.uint8], Any]] = {}  # by address: and what NIXL knows it by
         self._tasks: queue.SimpleQueue[_Transfer | Callable[[], None] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
@@ -383,10 +387,19 @@ class NixlEngine(Closing):
         del self._agent
 
 
-def _start(name: str, backends: Sequence[str], devices: str | None) -> Any:
-    """Starts an agent with its back ends."""
+def start_agent(name: str, backends: Sequence[str] = ("UCX",), devices: str | None = None) -> Any:
+    """Starts an agent of NIXL with its back ends; arguments as of `NixlEngine`.
+
+    Raises:
+      TransferError: It does not start.
+    """
+    name = f"{name}-{uuid.uuid4().hex}"
     try:
         agent = _nixl.nixl_agent(name, _nixl.nixl_agent_config(backends=[]))
+        bindings = sys.modules[type(agent.agent).__module__]
+        config = bindings.nixlAgentConfig()
+        config.useProgThread, config.pthrDelay = True, _PROGRESS_DELAY
+        agent.agent = bindings.nixlAgent(name, config)
         with _ucx_environment(devices):
             for backend in backends:
                 agent.create_backend(backend)

@@ -67,8 +67,9 @@ class Reading:
         self._lease_end = lease_end
         self._clock = clock
         self._cancelled = cancelled
-        held = StoreRow(Outcome.REFUSED, reason="the peer has leased all it may")
-        self.rows = [held if refused else _MISS for refused in lease.found.refused.tolist()]
+        self.rows = [_MISS] * len(lease.found.held)
+        for place in lease.found.refused.tolist():
+            self.rows[place] = StoreRow(Outcome.REFUSED, reason="the peer has leased all it may")
         self.landed: dict[int, int] = {}
         self.fault = ""
         self.lost: PeerLostError | None = None

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from kvbm_jax.closing import Closing
-from kvbm_jax.errors import ConfigError, FrameError, IdentityMismatchError, TransferError
+from kvbm_jax.errors import ConfigError, IdentityMismatchError, TransferError
 from kvbm_jax.identity import CacheIdentity
 from kvbm_jax.protocols import Slots, TransferEngine, WorkerRecord
 from kvbm_jax.transfer.access import SocketConfig
@@ -78,11 +78,7 @@ class RemoteWorker(Closing):
         groups = np.array([group_idx for _, group_idx in keys], "<u4").tobytes()
         with self._lock:
             answer: Leased = self._frames.ask(Lookup(hashes, groups, seconds), leased_decoder)
-        found = Found.read(answer, len(keys))
-        slots = found.block_ids[found.held]
-        if len(slots) and not (slots.min() >= 0 and slots.max() < self.slots.count):
-            raise FrameError(f"slots {slots.min()} to {slots.max()} are leased; the peer has {self.slots.count}")
-        return Lease(answer.lease, found)
+        return Lease(answer.lease, Found.read(answer, len(keys), self.slots.count))
 
     def release(self, lease: Lease) -> None:
         """Gives a lease back.

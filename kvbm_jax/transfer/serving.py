@@ -105,7 +105,7 @@ class PeerServer(Closing):
                             raise FrameError(f"a lease of {lookup.seconds} seconds")
                         lease, pins = self._leases.grant(keys_of(lookup), min(lookup.seconds, self._longest_lease))
                         leases.add(lease)
-                        frames.send(Leased.of(lease, *pins))
+                        frames.send(Leased.of(lease, pins))
                     case Release(lease) if lease in leases:
                         leases.remove(lease)
                         self._leases.release(lease)
