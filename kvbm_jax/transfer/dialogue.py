@@ -2,7 +2,7 @@
 
     Describe                          About: whose blocks, where they lie, how the engine is reached
     Lookup: hashes, groups, time      Leased: which of them are held and where, under which lease
-    Release: the lease                (nothing)
+    Release: leases                   (nothing)
 
 Arrays travel as bytes, little-endian, one element for each block asked for.
 """
@@ -76,9 +76,9 @@ class Leased(Message, tag="leased", frozen=True):
 
 
 class Release(Message, tag="release", frozen=True):
-    """Gives a lease back; is not answered."""
+    """Gives leases back; is not answered."""
 
-    lease: int
+    leases: list[int]
 
 
 class Found(NamedTuple):

@@ -13,7 +13,7 @@ Axes: n blocks of a pull, P bytes of a block.
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -43,7 +43,7 @@ from kvbm_jax.transfer.remote import RemoteWorker
 __all__ = ["Pulled", "Puller"]
 
 _LOG = logging.getLogger(__name__)
-_WINDOW_BYTES = 4 << 20
+_WINDOW_BYTES = 8 << 20
 _LEASE_MARGIN = 2.0  # seconds that a lease outlives the time of its pull
 
 
@@ -54,7 +54,12 @@ class Pulled(Closing):
       rows: What became of each block asked for, in order.
     """
 
-    def __init__(self, rows: tuple[StoreRow, ...], blocks: dict[int, NDArray[np.uint8]], end: Callable[[], None]):
+    def __init__(
+        self,
+        rows: tuple[StoreRow, ...],
+        blocks: Callable[[], Iterable[tuple[int, NDArray[np.uint8]]]],
+        end: Callable[[], None],
+    ) -> None:
         self.rows = rows
         self._blocks = blocks
         self._end = end
@@ -68,13 +73,12 @@ class Pulled(Closing):
         """
         if self._closed:
             raise BlockStateError("what was pulled has been given back")
-        yield from self._blocks.items()
+        yield from self._blocks()
 
     def close(self) -> None:
         """Gives the memory back."""
         if not self._closed:
             self._closed = True
-            self._blocks = {}
             self._end()
 
 
@@ -169,7 +173,7 @@ class Puller(Closing):
         """
         self._check_open()
         if not keys:
-            return Pulled((), {}, lambda: None)
+            return _none(0, Outcome.OK, "")
         if self._quarantine.holds(record.worker_id):
             return _none(len(keys), Outcome.REFUSED, f"{record.worker_id} is in quarantine")
         begun = self._edge.begin()
@@ -194,40 +198,29 @@ class Puller(Closing):
     def _pull(
         self, record: WorkerRecord, keys: Sequence[BlockKey], timeout: float, cancelled: threading.Event
     ) -> Pulled:
-        begun = self._clock.monotonic_ns()
-        deadline = begun + round(timeout * 1e9)
-        seconds = timeout + _LEASE_MARGIN
+        deadline = self._clock.monotonic_ns() + round(timeout * 1e9)
         remote: RemoteWorker | None = None
         try:
             remote = self._remote(record)
-            lease = remote.lease(keys, seconds)
+            landing = self._landing(remote.slots.nbytes)
+            reading = Reading(
+                remote,
+                keys,
+                landing,
+                seconds=timeout + _LEASE_MARGIN,
+                deadline=deadline,
+                clock=self._clock,
+                cancelled=cancelled,
+            )
+            reading.run(self._engine, self._window_bytes)
         except PeerLostError as error:
             self._lose(record, remote, error)
             return _none(len(keys), Outcome.FAILED, str(error))
         except TransferError as error:
             self._fault(record, remote, str(error))
             return _none(len(keys), Outcome.FAILED, str(error))
-        landing = self._landing(remote.slots.nbytes)
-        reading = Reading(
-            lease,
-            landing,
-            deadline=deadline,
-            lease_end=begun + round(seconds * 1e9),
-            clock=self._clock,
-            cancelled=cancelled,
-        )
-        lost: PeerLostError | None = None
-        try:
-            reading.run(self._engine, remote, self._window_bytes)
-            lost = reading.lost
-            remote.release(lease)
-        except PeerLostError as error:
-            lost = lost or error
-        except BaseException:
-            landing.give_back(reading.landed.values())
-            raise
-        if lost is not None:
-            self._lose(record, remote, lost)
+        if reading.lost is not None:
+            self._lose(record, remote, reading.lost)
         elif reading.fault:
             self._fault(record, remote, reading.fault)
         elif reading.landed:
@@ -236,15 +229,19 @@ class Puller(Closing):
 
     def _brought(self, reading: Reading, landing: Landing, placement: Placement) -> Pulled:
         """Returns what has landed, in the placement that is wanted."""
-        rows, slots = tuple(reading.rows), list(reading.landed.values())
-        blocks = {place: landing.block(slot) for place, slot in reading.landed.items()}
-        if placement == self._placement or not blocks:
-            return Pulled(rows, blocks, lambda: landing.give_back(slots))
+        rows, landed = tuple(reading.rows), reading.landed
+        if placement == self._placement or not landed:
+            return Pulled(
+                rows,
+                lambda: ((place, landing.block(slot)) for place, slot in landed.items()),
+                lambda: landing.give_back(landed.values()),
+            )
         try:
-            converted = convert(np.stack(list(blocks.values())), self._identity, placement, self._placement)
+            blocks = np.stack([landing.block(slot) for slot in landed.values()])
+            converted = convert(blocks, self._identity, placement, self._placement)
         finally:
-            landing.give_back(slots)
-        return Pulled(rows, dict(zip(blocks, converted, strict=True)), lambda: None)
+            landing.give_back(landed.values())
+        return Pulled(rows, lambda: zip(landed, converted, strict=True), lambda: None)
 
     def _remote(self, record: WorkerRecord) -> RemoteWorker:
         """Returns the connection with a peer, a new one if there is none or the peer was started anew."""
@@ -315,4 +312,4 @@ class Puller(Closing):
 
 
 def _none(count: int, outcome: Outcome, reason: str) -> Pulled:
-    return Pulled((StoreRow(outcome, reason=reason),) * count, {}, lambda: None)
+    return Pulled((StoreRow(outcome, reason=reason),) * count, lambda: (), lambda: None)

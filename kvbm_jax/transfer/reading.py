@@ -1,14 +1,17 @@
-"""One pull under way: windows of blocks are read, and verified as they land.
+"""One pull under way: blocks are leased, read in windows, and verified as they land.
 
-All windows are handed to the engine at once; while one is read, the one before is verified. Slots that a transfer may
-still write to go back to the landing when it has ended, not before.
+Long lists are leased in parts, and every window is handed to the engine as soon as its blocks are leased; while one is
+read, the next part is leased or the window before is verified. Slots that a transfer may still write to go back to the
+landing when it has ended, not before.
 
 Axes: n blocks of a pull.
 """
 
 import collections
+import contextlib
 import functools
 import threading
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,12 +19,14 @@ import xxhash
 
 from kvbm_jax.errors import PeerLostError, TransferError
 from kvbm_jax.protocols import Clock, Outcome, StoreFuture, StoreRow, TransferEngine
+from kvbm_jax.transfer.dialogue import Found
 from kvbm_jax.transfer.landing import Landing
-from kvbm_jax.transfer.remote import Lease, RemoteWorker
+from kvbm_jax.transfer.remote import RemoteWorker
 
 __all__ = ["Reading"]
 
 _OK, _MISS = StoreRow(Outcome.OK), StoreRow(Outcome.MISS)
+_LEASED_AT_ONCE = 512
 _CALLED_OFF = StoreRow(Outcome.FAILED, reason="the pull was called off")
 
 
@@ -34,13 +39,14 @@ class _Window(NamedTuple):
 
 
 class Reading:
-    """Blocks of one lease on their way.
+    """Blocks of one peer on their way.
 
     Args:
-      lease: on n blocks of a peer.
+      remote: the peer.
+      keys: of the blocks, n of them.
       landing: where they arrive.
-      deadline: until when, in monotonic ns.
-      lease_end: until when the lease holds at least, in monotonic ns.
+      seconds: how long leases are asked for.
+      deadline: until when it may take, in monotonic ns.
       clock: for both.
       cancelled: once it is set, nothing more is read.
 
@@ -53,55 +59,73 @@ class Reading:
 
     def __init__(
         self,
-        lease: Lease,
+        remote: RemoteWorker,
+        keys: Sequence[tuple[bytes, int]],
         landing: Landing,
         *,
+        seconds: float,
         deadline: int,
-        lease_end: int,
         clock: Clock,
         cancelled: threading.Event,
     ) -> None:
-        self._found = lease.found
+        self._remote = remote
+        self._keys = keys
         self._landing = landing
+        self._seconds = seconds
+        self._lease_end = clock.monotonic_ns() + round(seconds * 1e9)
         self._deadline = deadline
-        self._lease_end = lease_end
         self._clock = clock
         self._cancelled = cancelled
-        self.rows = [_MISS] * len(lease.found.held)
-        for place in lease.found.refused.tolist():
-            self.rows[place] = StoreRow(Outcome.REFUSED, reason="the peer has leased all it may")
+        self._checksums: list[int] = []
+        self._windows: collections.deque[_Window] = collections.deque()
+        self.rows = [_MISS] * len(keys)
         self.landed: dict[int, int] = {}
         self.fault = ""
         self.lost: PeerLostError | None = None
 
-    def run(self, engine: TransferEngine, remote: RemoteWorker, window_bytes: int) -> None:
-        """Reads what is held, window after window, until all is there or something is in the way."""
-        places = np.flatnonzero(self._found.held).tolist()
-        slots = self._landing.lend(len(places))
-        places, homeless = places[: len(slots)], places[len(slots) :]
-        for place in homeless:
-            self.rows[place] = StoreRow(Outcome.REFUSED, reason=f"only {len(slots):,} blocks can land now")
-        step = max(window_bytes // remote.slots.nbytes, 1)
-        windows: collections.deque[_Window] = collections.deque()
-        asked = 0
+    def run(self, engine: TransferEngine, window_bytes: int) -> None:
+        """Leases, reads and verifies, until all is there or something is in the way.
+
+        Raises:
+          TransferError: The peer grants no lease, or is gone (`PeerLostError`); nothing has landed then.
+        """
+        leases = []
+        try:
+            for first in range(0, len(self._keys), _LEASED_AT_ONCE):
+                lease = self._remote.lease(self._keys[first : first + _LEASED_AT_ONCE], self._seconds)
+                leases.append(lease.number)
+                self._ask(engine, first, lease.found, window_bytes)
+            while self._windows and self._take(self._windows[0]):
+                self._windows.popleft()
+        except BaseException:
+            self._landing.give_back(self.landed.values())
+            raise
+        finally:
+            for window in self._windows:
+                self._leave(window)
+            with contextlib.suppress(PeerLostError):  # and its leases with it; who is gone is found at the next lease
+                self._remote.release(leases)
+
+    def _ask(self, engine: TransferEngine, first: int, found: Found, window_bytes: int) -> None:
+        """Has the engine read what of a lease is held; `first` is the place of the lease's first block."""
+        remote = self._remote
+        self._checksums += found.checksums
+        for place in found.refused.tolist():
+            self.rows[first + place] = StoreRow(Outcome.REFUSED, reason="the peer has leased all it may")
+        held = np.flatnonzero(found.held)
+        slots = self._landing.lend(len(held))
+        for place in held[len(slots) :].tolist():
+            self.rows[first + place] = StoreRow(Outcome.REFUSED, reason="no more blocks can land now")
+        step, asked = max(window_bytes // remote.slots.nbytes, 1), 0
         try:
             while asked < len(slots):
-                last = asked + step
-                windows.append(self._ask(engine, remote, places[asked:last], slots[asked:last]))
-                asked = last
-            while windows and self._take(windows[0]):
-                windows.popleft()
+                places, targets = held[asked : asked + step][: len(slots) - asked], slots[asked : asked + step]
+                source, target = found.block_ids[places], np.array(targets, np.int32)
+                future = engine.read(remote.engine_name, remote.slots, source, self._landing.slots, target)
+                self._windows.append(_Window((places + first).tolist(), targets, future))
+                asked += step
         finally:
             self._landing.give_back(slots[asked:])
-            for window in windows:
-                self._leave(window)
-
-    def _ask(self, engine: TransferEngine, remote: RemoteWorker, places: list[int], slots: list[int]) -> _Window:
-        source = self._found.block_ids[places]
-        target = np.array(slots, np.int32)
-        return _Window(
-            places, slots, engine.read(remote.engine_name, remote.slots, source, self._landing.slots, target)
-        )
 
     def _take(self, window: _Window) -> bool:
         """Waits for a window and verifies it; False if no other is to be taken, and this one is to be left."""
@@ -124,7 +148,7 @@ class Reading:
 
     def _verify(self, window: _Window) -> None:
         wrong = []
-        digest, memory, checksums = xxhash.xxh3_64_intdigest, self._landing.bytes_of, self._found.checksums
+        digest, memory, checksums = xxhash.xxh3_64_intdigest, self._landing.bytes_of, self._checksums
         for place, slot in zip(window.places, window.slots, strict=True):
             if digest(memory(slot)) == checksums[place]:
                 self.landed[place] = slot

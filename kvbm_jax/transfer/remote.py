@@ -80,14 +80,14 @@ class RemoteWorker(Closing):
             answer: Leased = self._frames.ask(Lookup(hashes, groups, seconds), leased_decoder)
         return Lease(answer.lease, Found.read(answer, len(keys), self.slots.count))
 
-    def release(self, lease: Lease) -> None:
-        """Gives a lease back.
+    def release(self, leases: Sequence[int]) -> None:
+        """Gives leases back.
 
         Raises:
-          PeerLostError: The peer is gone, and the lease with it.
+          PeerLostError: The peer is gone, and the leases with it.
         """
         with self._lock:
-            self._frames.send(Release(lease.number))
+            self._frames.send(Release(list(leases)))
 
     def close(self) -> None:
         """Ends the connection, and with it every lease."""

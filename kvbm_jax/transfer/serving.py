@@ -8,6 +8,7 @@ is told first (`dialogue`).
 import contextlib
 import math
 import time
+from collections.abc import Iterable
 
 from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, FrameError
@@ -106,13 +107,13 @@ class PeerServer(Closing):
                         lease, pins = self._leases.grant(keys_of(lookup), min(lookup.seconds, self._longest_lease))
                         leases.add(lease)
                         frames.send(Leased.of(lease, pins))
-                    case Release(lease) if lease in leases:
-                        leases.remove(lease)
-                        self._leases.release(lease)
-                    case Release(lease):
-                        raise FrameError(f"lease {lease} is none of {peer}'s")
+                    case Release(ended):
+                        if not leases.issuperset(ended):
+                            raise FrameError(f"not all of the leases {ended} are {peer}'s")
+                        leases.difference_update(ended)
+                        self._end(ended)
 
-    def _end(self, leases: set[int]) -> None:
+    def _end(self, leases: Iterable[int]) -> None:
         for lease in leases:
             self._leases.release(lease)
 
