@@ -60,8 +60,9 @@ class Landing:
 
     def give_back(self, slots: Iterable[int]) -> None:
         """Takes slots back."""
+        back = sorted(slots, reverse=True)  # so that they are lent rising, which is read fastest
         with self._lock:
-            self._free.extend(slots)
+            self._free.extend(back)
 
     def block(self, slot: int) -> NDArray[np.uint8]:
         """Returns the bytes of a slot, u8[P], a view."""

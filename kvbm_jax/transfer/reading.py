@@ -26,7 +26,7 @@ from kvbm_jax.transfer.remote import RemoteWorker
 __all__ = ["Reading"]
 
 _OK, _MISS = StoreRow(Outcome.OK), StoreRow(Outcome.MISS)
-_LEASED_AT_ONCE = 512
+_LEASED_FIRST, _LEASED_AT_ONCE = 128, 1024  # blocks of the first lease, that reading begins soon, and of the largest
 _CALLED_OFF = StoreRow(Outcome.FAILED, reason="the pull was called off")
 
 
@@ -91,10 +91,12 @@ class Reading:
         """
         leases = []
         try:
-            for first in range(0, len(self._keys), _LEASED_AT_ONCE):
-                lease = self._remote.lease(self._keys[first : first + _LEASED_AT_ONCE], self._seconds)
+            first, part = 0, _LEASED_FIRST
+            while first < len(self._keys):
+                lease = self._remote.lease(self._keys[first : first + part], self._seconds)
                 leases.append(lease.number)
                 self._ask(engine, first, lease.found, window_bytes)
+                first, part = first + part, min(2 * part, _LEASED_AT_ONCE)
             while self._windows and self._take(self._windows[0]):
                 self._windows.popleft()
         except BaseException:
