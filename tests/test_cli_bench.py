@@ -1,5 +1,6 @@
 import contextlib
 import errno
+import importlib.util
 import json
 import re
 import subprocess
@@ -14,6 +15,7 @@ from kvbm_jax.bench import hash as hash_bench
 from kvbm_jax.bench import kernels as kernels_bench
 from kvbm_jax.bench import offload
 from kvbm_jax.bench import pool as pool_bench
+from kvbm_jax.bench import transfer as transfer_bench
 from kvbm_jax.bench.timing import Row, Timing
 from kvbm_jax.cli import main
 from kvbm_jax.errors import BenchError
@@ -171,6 +173,21 @@ def test_moves_that_lose_something_are_no_measurement(capsys, monkeypatch, one_b
     monkeypatch.setattr(kernels_bench._Moves, "__init__", forgetful)
     assert main(["bench", "kernels", "--mebibytes", "4", "--repeats", "1"]) == 1
     assert re.search(rf"error: {what} did not come back", capsys.readouterr().err)
+
+
+@pytest.mark.long
+def test_json_has_a_row_for_every_pull_and_the_lookup(capsys, monkeypatch):
+    monkeypatch.setattr(transfer_bench, "BLOCK_BYTES", (16 << 10, 1 << 20))
+    monkeypatch.setattr(transfer_bench, "_OWNED", 10_000)
+    assert main(["bench", "transfer", "--repeats", "1", "--mib", "2", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert found["bench"] == "transfer"
+    cases = [f"pull, {blocks}" for blocks in ("128 blocks of 16 KiB", "2 blocks of 1,024 KiB")]
+    engines = ["nixl", "tcp"] if importlib.util.find_spec("nixl_cu12") else ["tcp"]
+    pulls = [f"{engine} {case}" for engine in engines for case in cases]
+    assert [row["case"] for row in found["rows"]] == [*pulls, "lookup of 2,048 blocks among 10,000"]
+    for row in found["rows"]:
+        assert row["ratio"] == row["baseline_seconds"] / row["seconds"]
 
 
 def test_json_may_be_asked_for_before_the_name(capsys, made_up):

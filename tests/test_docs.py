@@ -20,7 +20,7 @@ def test_snippets_print_what_their_comments_say(code, capsys):
 
 
 def test_there_are_snippets():
-    assert len(SNIPPETS) == 7
+    assert len(SNIPPETS) == 8
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -31,7 +31,7 @@ from kvbm_jax.events.columns import hash_keys
 from kvbm_jax.events.schema import EventType, KvEventBatch
 from kvbm_jax.events.snapshot import WorkerSnapshot
 from kvbm_jax.events.subscription import EventGap
-from kvbm_jax.protocols import Tier
+from kvbm_jax.protocols import BlockKey, Tier
 
 __all__ = ["DUMP_VERSION", "Holder", "IndexStats", "Overlap", "PrefixIndex"]
 
@@ -140,13 +140,14 @@ class PrefixIndex:
         self._lock = threading.Lock()
 
     def find_matches(
-        self, hashes: NDArray[np.uint32] | Sequence[bytes], *, group_idx: int = 0
+        self, hashes: NDArray[np.uint32] | Sequence[bytes], *, group_idx: int = 0, tier: Tier | None = None
     ) -> dict[Holder, Overlap]:
         """Finds who has how many leading blocks of a prompt.
 
         Args:
           hashes: Of the prompt's blocks in order, `uint32[n, 4]` as `hash_sequence` gives them, or `n` times 16 bytes.
           group_idx: Which group of a hybrid model; 0 in a plain one.
+          tier: Counts blocks in this tier alone; None for all tiers.
 
         Returns:
           An overlap for each holder of the first block, in no promised order.
@@ -163,6 +164,8 @@ class PrefixIndex:
             width = len(self._places)
             rows = b"".join([mask.to_bytes(width, "little") for mask in found])  # type: ignore[union-attr]
             table = np.frombuffer(rows, np.uint8).reshape(-1, width)  # [n, W]
+            if tier is not None:
+                table = table & _TIER_BITS[tier - 1]
             columns = np.flatnonzero(table[0])
             held = table[:, columns]  # [n, c]
             unbroken = np.logical_and.accumulate(held != 0, axis=0)
@@ -197,6 +200,25 @@ class PrefixIndex:
             if dp_rank is None:
                 self._streams.pop(worker_id, None)
             return self._forget(worker_id, dp_rank)
+
+    def forget(self, worker_id: str, tier: Tier, keys: Iterable[BlockKey]) -> int:
+        """Takes back claims that turned out wrong, as if they had not been told; returns how many there were.
+
+        Args:
+          worker_id: Who was said to hold the blocks.
+          tier: Where.
+          keys: Of the blocks.
+        """
+        by_group: dict[int, list[bytes]] = {}
+        for key in keys:
+            by_group.setdefault(key.group_idx, []).append(key.sequence_hash[: self._hash_bytes])
+        taken = 0
+        with self._lock:
+            for holder, shelf in self._shelves.items():
+                if holder.worker_id == worker_id:
+                    for group_idx, hashes in by_group.items():
+                        taken += len(hashes) - self._take(shelf, group_idx, hashes, shelf.bit(tier))
+        return taken
 
     def incomplete(self) -> tuple[str, ...]:
         """Returns the workers of whom events were missed: a snapshot of each would set it right."""

@@ -9,13 +9,29 @@ ends have registered, and know nothing of blocks; `engines` opens one by name. `
 has blocks; `pull`, `reading`, `remote`, `landing` and `quarantine` the side that wants them; `dialogue` is what they
 say to each other, and `placement` makes one's blocks the other's. `access`, `listener`, `streams` and `frames` are what
 connections are made of: who may come, how they begin, bytes, messages.
+
+`folder_discovery` finds workers through a shared folder (`kvbm_jax.transports.nats_discovery` through NATS), `heard`
+remembers them, and `directory` says which of them has how much of a prompt.
 """
 
 from kvbm_jax.transfer.access import SocketConfig
+from kvbm_jax.transfer.directory import Offer, PeerDirectory
 from kvbm_jax.transfer.engines import open_engine
+from kvbm_jax.transfer.folder_discovery import FolderDiscovery
 from kvbm_jax.transfer.placement import Placement
 from kvbm_jax.transfer.pull import Pulled, Puller
 from kvbm_jax.transfer.quarantine import Quarantine
 from kvbm_jax.transfer.serving import PeerServer
 
-__all__ = ["PeerServer", "Placement", "Pulled", "Puller", "Quarantine", "SocketConfig", "open_engine"]
+__all__ = [
+    "FolderDiscovery",
+    "Offer",
+    "PeerDirectory",
+    "PeerServer",
+    "Placement",
+    "Pulled",
+    "Puller",
+    "Quarantine",
+    "SocketConfig",
+    "open_engine",
+]
