@@ -1,10 +1,13 @@
 """Where the elements of a stored block lie, and how one worker's block becomes another's.
 
 Two workers of one model may arrange their blocks differently, and under tensor parallelism hold different heads. What a
-block means is the identity's business (`kvbm_jax.identity`); this is the rest.
+block means is the identity's business (`kvbm_jax.identity`); this is the rest. Blocks that travel are runs of bytes, in
+one of two kinds of `kvbm_jax.layout`:
 
-  fully_contiguous   [L, C, T, h, D]
-  universal          [h, L, C, T, D]
+  fully_contiguous   [L, C, T, h, D], then scales [L, C, T, h]
+  universal          for each of h heads [L, C, T, D], then scales [L, C, T]
+
+Scales, float32, are there in quantised caches alone.
 
 Axes: n blocks, L layers, C components, T tokens of a block, h heads of this worker, D head dim, P bytes of a block.
 """
@@ -12,17 +15,17 @@ Axes: n blocks, L layers, C components, T tokens of a block, h heads of this wor
 import math
 from dataclasses import dataclass
 
-import jax.numpy as jnp
 import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import LayoutError
 from kvbm_jax.identity import CacheIdentity
-from kvbm_jax.layout import LayoutKind
+from kvbm_jax.layout import KVLayout, LayoutKind
 
 __all__ = ["Placement", "convert"]
 
-_AXES = {LayoutKind.FULLY_CONTIGUOUS: "LCTHD", LayoutKind.UNIVERSAL: "HLCTD"}
+_KINDS = (LayoutKind.FULLY_CONTIGUOUS, LayoutKind.UNIVERSAL)
+_SCALE_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,8 @@ class Placement:
     kind: LayoutKind = LayoutKind.FULLY_CONTIGUOUS
 
     def __post_init__(self) -> None:
-        if self.kind not in _AXES:
-            kinds = ", ".join(_AXES)
+        if self.kind not in _KINDS:
+            kinds = ", ".join(_KINDS)
             raise LayoutError(f"kind is {str(self.kind)!r}; blocks that travel are one of {kinds}")
         if self.num_heads < 1 or self.first_head < 0:
             raise LayoutError(f"{self.num_heads} heads from {self.first_head} on are no range of heads")
@@ -56,7 +59,7 @@ class Placement:
 
     def block_bytes(self, identity: CacheIdentity) -> int:
         """Returns the bytes of a block, P."""
-        return math.prod(self.shape(identity))
+        return self.layout(identity).block_bytes
 
     def covers(self, other: "Placement") -> bool:
         """Returns whether all heads of another are among those of this one."""
@@ -65,16 +68,19 @@ class Placement:
             and other.first_head + other.num_heads <= self.first_head + self.num_heads
         )
 
-    def shape(self, identity: CacheIdentity) -> tuple[int, ...]:
-        """Returns the sizes of a block's axes, D in bytes."""
-        sizes = {
-            "L": identity.num_layers,
-            "C": identity.components,
-            "T": identity.block_size,
-            "H": self.num_heads,
-            "D": identity.head_dim * np.dtype(jnp.dtype(identity.dtype)).itemsize,
-        }
-        return tuple(sizes[axis] for axis in _AXES[self.kind])
+    def layout(self, identity: CacheIdentity) -> KVLayout:
+        """Returns the layout of one such block."""
+        return KVLayout(
+            num_layers=identity.num_layers,
+            num_blocks=1,
+            block_size=identity.block_size,
+            num_kv_heads=self.num_heads,
+            head_dim=identity.head_dim,
+            dtype=identity.dtype,
+            kind=self.kind,
+            components=identity.components,
+            quantized=identity.scale_format is not None,
+        )
 
 
 def convert(
@@ -104,9 +110,27 @@ def convert(
         raise LayoutError(f"blocks are uint8{list(blocks.shape)}; in this placement each has {wanted:,} bytes")
     if source == target:
         return blocks
-    before, after = _AXES[source.kind], _AXES[target.kind]
     first = target.first_head - source.first_head
-    heads = [slice(first, first + target.num_heads) if axis == "H" else slice(None) for axis in before]
-    elements = blocks.reshape(len(blocks), *source.shape(identity))[:, *heads]
-    order = (0, *(1 + before.index(axis) for axis in after))
-    return np.ascontiguousarray(elements.transpose(order)).reshape(len(blocks), target.block_bytes(identity))
+    parts = [part[:, first : first + target.num_heads] for part in _taken_apart(blocks, source.layout(identity))]
+    if target.kind is LayoutKind.UNIVERSAL:
+        joined = np.concatenate([part.reshape(*part.shape[:2], -1) for part in parts], axis=2)
+        return joined.reshape(len(blocks), -1)
+    return np.concatenate([np.moveaxis(part, 1, 4).reshape(len(blocks), -1) for part in parts], axis=1)
+
+
+def _taken_apart(blocks: NDArray[np.uint8], layout: KVLayout) -> list[NDArray[np.uint8]]:
+    """Returns views of elements and, where there are any, scales: u8[n, h, L, C, T, bytes of one row]."""
+    n, heads = len(blocks), layout.num_kv_heads
+    shape = layout.num_layers, layout.components, layout.block_size
+    widths = [layout.head_dim * layout.itemsize, *([_SCALE_BYTES] if layout.quantized else [])]
+    by_head = layout.kind is LayoutKind.UNIVERSAL
+    runs = blocks.reshape(n, heads, -1) if by_head else blocks.reshape(n, 1, -1)
+    parts, begin = [], 0
+    for width in widths:
+        end = begin + width * math.prod(shape) * (1 if by_head else heads)
+        run = runs[:, :, begin:end]
+        parts.append(
+            run.reshape(n, heads, *shape, width) if by_head else np.moveaxis(run.reshape(n, *shape, heads, width), 4, 1)
+        )
+        begin = end
+    return parts
