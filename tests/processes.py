@@ -8,6 +8,7 @@ import contextlib
 import multiprocessing
 import os
 import signal
+import threading
 from pathlib import Path
 
 import pytest
@@ -21,13 +22,15 @@ class Peer:
     def __init__(self, process, connection):
         self.process = process
         self._connection = connection
+        self._lock = threading.Lock()
 
     def __getattr__(self, name):
         return lambda *arguments: self._call(name, *arguments)
 
     def _call(self, name, *arguments):
-        self._connection.send((name, arguments))
-        answer, error = self._connection.recv()
+        with self._lock:
+            self._connection.send((name, arguments))
+            answer, error = self._connection.recv()
         if error is not None:
             pytest.fail(f"{name} in the other process: {error}")
         return answer
