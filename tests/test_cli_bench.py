@@ -179,7 +179,7 @@ def test_moves_that_lose_something_are_no_measurement(capsys, monkeypatch, one_b
 def test_json_has_a_row_for_every_pull_and_the_lookup(capsys, monkeypatch):
     monkeypatch.setattr(transfer_bench, "BLOCK_BYTES", (16 << 10, 1 << 20))
     monkeypatch.setattr(transfer_bench, "_OWNED", 10_000)
-    assert main(["bench", "transfer", "--repeats", "1", "--mib", "2", "--json"]) == 0
+    assert main(["bench", "transfer", "--repeats", "1", "--mebibytes", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert found["bench"] == "transfer"
     cases = [f"pull, {blocks}" for blocks in ("128 blocks of 16 KiB", "2 blocks of 1,024 KiB")]

@@ -63,11 +63,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="what is moved at once, at least 4 (default 32)",
     )
     moves.set_defaults(bench=_kernels)
+
     transfers = benches.add_parser(
         "transfer", parents=[common], help=_TRANSFER, description=_TRANSFER.capitalize() + "."
     )
     transfers.add_argument(
-        "--mib", type=positive, default=64, metavar="N", help="what is pulled at once, in MiB (default 64)"
+        "--mebibytes", type=positive, default=64, metavar="N", help="what is pulled at once (default 64)"
     )
     transfers.set_defaults(bench=_transfer)
 
@@ -129,8 +130,8 @@ def _events(args: argparse.Namespace) -> Report:
 def _transfer(args: argparse.Namespace) -> Report:
     from kvbm_jax.bench.transfer import measure  # noqa: PLC0415 (what it brings, `--help` need not)
 
-    rows = _timed(args.repeats, measure, args.mib << 20)
-    return _report("transfer", f"{args.mib:,} MiB a pull, medians of {args.repeats:,}", rows)
+    rows = _timed(args.repeats, measure, args.mebibytes << 20)
+    return _report("transfer", f"{args.mebibytes:,} MiB a pull, medians of {args.repeats:,}", rows)
 
 
 def _timed[**P](
