@@ -265,9 +265,12 @@ def test_no_more_is_leased_than_the_store_may_pin(kind):
         assert pull(puller, peer, *range(5)) == [OK] * 3 + [REFUSED] * 2
 
 
-@pytest.mark.parametrize("theirs", [LayoutKind.UNIVERSAL, LayoutKind.FULLY_CONTIGUOUS])
 @pytest.mark.parametrize(
-    "ours", [Placement(4, 0, LayoutKind.UNIVERSAL), Placement(2, 1), Placement(1, 3, LayoutKind.UNIVERSAL)]
+    ("theirs", "ours"),
+    [
+        (LayoutKind.UNIVERSAL, Placement(2, 1)),
+        (LayoutKind.FULLY_CONTIGUOUS, Placement(1, 3, LayoutKind.UNIVERSAL)),
+    ],
 )
 def test_other_arrangements_and_fewer_heads(kind, theirs, ours):
     placement = Placement(4, 0, theirs)
