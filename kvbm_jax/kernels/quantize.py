@@ -28,9 +28,10 @@ import numpy as np
 
 from kvbm_jax.layout import ElementFormat
 
-__all__ = ["Quantized", "convert", "dequantize", "quantize"]
+__all__ = ["LIMITS", "Quantized", "convert", "dequantize", "quantize"]
 
-_LIMITS = {"int8": 127, "float8_e4m3fn": 448}
+LIMITS = {"int8": 127, "float8_e4m3fn": 448}
+"""The largest number that elements of a dtype take."""
 
 
 class Quantized(NamedTuple):
@@ -46,7 +47,7 @@ def quantize(values: jax.Array, dtype: str) -> Quantized:
     Raises:
       KeyError: if elements of that dtype have no scales.
     """
-    limit = _LIMITS[dtype]
+    limit = LIMITS[dtype]
     values = values.astype(jnp.float32)
     amax = jnp.max(jnp.abs(values), axis=-1)
     scales = amax * np.float32(1 / limit)

@@ -1,11 +1,15 @@
-"""`gather_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA."""
+"""`gather_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA.
+
+Blocks of a plain cache that are quantised pass through registers, a kernel for each layer.
+"""
 
 import jax
 import jax.numpy as jnp
 
 from kvbm_jax.kernels.arrangement import with_scales
-from kvbm_jax.kernels.mosaic import boxes
+from kvbm_jax.kernels.mosaic import boxes, conversions
 from kvbm_jax.kernels.mosaic.boxes import move_blocks, side_of, whole_blocks
+from kvbm_jax.kernels.mosaic.conversions import quantize_layer, rows_of_layer
 from kvbm_jax.kernels.mosaic.heads import by_heads, letters_of, share_of, whole
 from kvbm_jax.layout import KVLayout, LayoutKind
 
@@ -22,6 +26,8 @@ def gather_blocks(
     """See `kvbm_jax.kernels.gather_blocks`; `staging` describes the result."""
     if out is None:
         out = jnp.empty(staging.array_shape, staging.array_dtype)
+    if layout.element_format != staging.element_format:
+        return _quantize(arrays, layout, block_ids, staging, out)
 
     def gather(out: jax.Array, block_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array]:
         own, run = share_of(layout, arrays[0]), share_of(staging, out)
@@ -51,6 +57,17 @@ def _gather(
     return out
 
 
+def _quantize(
+    arrays: tuple[jax.Array, ...], layout: KVLayout, block_ids: jax.Array, staging: KVLayout, out: jax.Array
+) -> jax.Array:
+    for layer in range(layout.num_layers):
+        view, ids = rows_of_layer(arrays, layout, layer, block_ids)
+        out, scales = quantize_layer(view, ids, out, staging, layer)
+        shape = (staging.num_blocks, 1, layout.components, layout.block_size, layout.num_kv_heads)
+        out = with_scales(out, staging, layer, scales.reshape(shape))
+    return out
+
+
 def refusal(
     arrays: tuple[jax.Array, ...],
     layout: KVLayout,
@@ -59,4 +76,6 @@ def refusal(
     out: jax.Array | None,
 ) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
+    if not layout.quantized and staging.quantized:
+        return conversions.refusal(layout, staging)
     return boxes.refusal(layout, staging)

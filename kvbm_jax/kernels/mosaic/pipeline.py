@@ -35,6 +35,7 @@ def move(
     *,
     num_tiles: int,
     tile: jax.ShapeDtypeStruct,
+    more: Sequence[jax.ShapeDtypeStruct] = (),
     copies: int,
     load: Callable[[Refs, jax.Array, Any, Any], None],
     store: Callable[[Refs, jax.Array, Any], None],
@@ -48,6 +49,8 @@ def move(
       operands: arrays that are read, references that are written (`in_place`).
       num_tiles: how many.
       tile: shape [R, ...] and dtype of one in shared memory.
+      more: of further buffers for each tile, in shared memory too; `load` and `store` are then given a list, the
+        tile's own first.
       copies: how many asynchronous copies `load` makes for a tile, whichever it is.
       load: `load(refs, tile, buffer, barrier)` starts them, each with the barrier.
       store: `store(refs, tile, buffer)` starts the copies to device memory, `commit_group=False` each.
@@ -61,9 +64,13 @@ def move(
     grid = max(min(num_tiles, gpu.num_cores * config.blocks_per_core), 1)
     stages = config.stages
     ahead = max(stages // 2, 1)
+    shapes = [tile, *more]
+
+    def buffers(rings: Sequence[Any], slot: jax.Array) -> Any:
+        return [ring.at[slot] for ring in rings] if more else rings[0].at[slot]
 
     def body(*refs: Any) -> None:
-        *given, buffers, barriers = refs
+        given, rings, barriers = refs[: -len(shapes) - 1], refs[-len(shapes) - 1 : -1], refs[-1]
         block = lax.axis_index("block")
         mine = (num_tiles - block + grid - 1) // grid
 
@@ -71,7 +78,7 @@ def move(
             @pl.when(k < mine)
             def _() -> None:
                 slot = lax.rem(jnp.int32(k), jnp.int32(stages))
-                load(given, block + k * grid, buffers.at[slot], barriers.at[slot])
+                load(given, block + k * grid, buffers(rings, slot), barriers.at[slot])
 
         for k in range(ahead):
             prefetch(k)
@@ -81,7 +88,7 @@ def move(
             prefetch(k + ahead)
             slot = lax.rem(k, jnp.int32(stages))
             plgpu.barrier_wait(barriers.at[slot])
-            store(given, block + k * grid, buffers.at[slot])
+            store(given, block + k * grid, buffers(rings, slot))
             plgpu.commit_smem_to_gmem_group()
 
         lax.fori_loop(0, mine, step, None)
@@ -92,7 +99,7 @@ def move(
         body,
         out_type=tuple(out),
         scratch_types=(
-            plgpu.SMEM((stages, *tile.shape), tile.dtype),
+            *(plgpu.SMEM((stages, *shape.shape), shape.dtype) for shape in shapes),
             plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
         ),
         grid=(grid,),
@@ -106,10 +113,10 @@ def bring(source: Any, buffer: Any, barrier: Any) -> None:
     plgpu.copy_gmem_to_smem(source, buffer, barrier, oob_mode=plgpu.OOBFillMode.PROMISE_IN_BOUNDS)
 
 
-def in_place(launch: Callable[[Any], None], array: jax.Array) -> jax.Array:
-    """Calls `launch` with a reference to an array; returns what it wrote, in place where the array is donated."""
+def in_place[T](launch: Callable[[Any], None], array: T) -> T:
+    """Calls `launch` with a reference to an array, or to each of some; what is donated is written in place."""
     # Not `jax.new_ref`: the partitioner of XLA calls functions anew, and may not find references in them.
-    written: jax.Array = pl.run_state(launch)(array)
+    written: T = pl.run_state(launch)(array)
     return written
 
 

@@ -1,10 +1,14 @@
-"""`scatter_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA."""
+"""`scatter_blocks` by bulk copies: one kernel for each array of the cache; scales follow in XLA.
+
+Quantised blocks that go into a plain cache pass through registers, a kernel for each layer.
+"""
 
 import jax
 
 from kvbm_jax.kernels.arrangement import scales_of
-from kvbm_jax.kernels.mosaic import boxes
+from kvbm_jax.kernels.mosaic import boxes, conversions
 from kvbm_jax.kernels.mosaic.boxes import move_blocks, side_of, whole_blocks
+from kvbm_jax.kernels.mosaic.conversions import dequantize_layer, rows_of_layer
 from kvbm_jax.kernels.mosaic.heads import by_heads, letters_of, share_of, whole
 from kvbm_jax.layout import KVLayout, LayoutKind
 
@@ -19,6 +23,8 @@ def scatter_blocks(
     staging: KVLayout,
 ) -> tuple[jax.Array, ...]:
     """See `kvbm_jax.kernels.scatter_blocks`; `staging` describes `blocks`."""
+    if layout.element_format != staging.element_format:
+        return _dequantize(arrays, layout, block_ids, blocks, staging)
 
     def scatter(blocks: jax.Array, block_ids: jax.Array, *arrays: jax.Array) -> tuple[jax.Array, ...]:
         own, run = share_of(layout, arrays[0]), share_of(staging, blocks)
@@ -56,6 +62,19 @@ def _scatter(
     return *elements, *(array.at[block_ids].set(part, mode="drop") for array, part in mine)
 
 
+def _dequantize(
+    arrays: tuple[jax.Array, ...], layout: KVLayout, block_ids: jax.Array, blocks: jax.Array, staging: KVLayout
+) -> tuple[jax.Array, ...]:
+    scales = scales_of(blocks, staging).reshape(staging.num_blocks, layout.num_layers, -1)
+    results = list(arrays)
+    for layer in range(layout.num_layers):
+        where = layer if layout.kind is LayoutKind.LAYER_SEPARATE else 0
+        view, ids = rows_of_layer(results, layout, layer, block_ids)
+        written = dequantize_layer(blocks, scales[:, layer], staging, layer, view, ids)
+        results[where] = written.reshape(results[where].shape)
+    return tuple(results)
+
+
 def refusal(
     arrays: tuple[jax.Array, ...],
     layout: KVLayout,
@@ -64,4 +83,6 @@ def refusal(
     staging: KVLayout,
 ) -> str | None:
     """Returns why the kernel cannot serve such a call, or None."""
+    if not layout.quantized and staging.quantized:
+        return conversions.refusal(layout, staging)
     return boxes.refusal(layout, staging)
