@@ -147,10 +147,12 @@ def check_permute(case, kind):
 
 
 def check_conversions(case, element_format, kind):
-    """Blocks are quantised or dequantised on the way out, on the way in, and where they are."""
+    """Blocks are quantised or dequantised on the way out and on the way in; a row that is not finite is NaN."""
     layout = case.layout
     shape = sizes_of(layout)
     values = case.rng.normal(size=shape).astype(np.float32)
+    values[0, :, 0, 0, 0] = 0
+    values[0, 1, 0, 1, 0, :2] = np.nan, np.inf
     logical = converted(values, ElementFormat("float32"), layout.element_format)
     there = converted(logical, layout.element_format, element_format)
     back = converted(there, element_format, layout.element_format)
@@ -170,8 +172,18 @@ def check_conversions(case, element_format, kind):
     returned = np.concatenate([back, np.zeros_like(back[:, :1])], axis=1)
     expected[:, targets[kept]] = returned[:, ids[kept]]
     np.testing.assert_array_equal(logical_of(scattered, layout), expected)
-    permuted = jitted(kernels.permute_blocks, case, **options)(arrange(logical, layout))
-    np.testing.assert_array_equal(logical_of(permuted, layout.with_format(element_format).with_kind(kind)), there)
+
+
+def check_converting_permute(case, element_format, kind):
+    """A whole cache in another format."""
+    layout = case.layout
+    values = case.rng.normal(size=sizes_of(layout)).astype(np.float32)
+    logical = converted(values, ElementFormat("float32"), layout.element_format)
+    permuted = jitted(kernels.permute_blocks, case, layout=layout, kind=kind, element_format=element_format)(
+        arrange(logical, layout)
+    )
+    found = logical_of(permuted, layout.with_format(element_format).with_kind(kind))
+    np.testing.assert_array_equal(found, converted(logical, layout.element_format, element_format))
 
 
 def converted(logical, source, target):

@@ -68,7 +68,26 @@ NARROW = {"num_layers": 2, "num_blocks": 4, "block_size": 2, "num_kv_heads": 3, 
 
 @pytest.mark.parametrize(("own", "there", "kind"), [(PLAIN, INT8, RUNS[0]), (INT8, PLAIN, RUNS[1])])
 def test_blocks_are_converted_on_the_way(own, there, kind):
-    moves.check_conversions(Case(KVLayout(**NARROW).with_format(own), "xla"), there, kind)
+    case = Case(KVLayout(**NARROW).with_format(own), "xla")
+    moves.check_conversions(case, there, kind)
+    moves.check_converting_permute(case, there, kind)
+
+
+@pytest.mark.parametrize(("own", "dtype"), [(SEPARATE, "int8"), (STACKED, "float8_e4m3fn")])
+def test_mosaic_converts_in_registers(own, dtype):
+    made = KVLayout(2, 4, 16, 2, 64, "bfloat16", own)
+    with target.interpreted():
+        moves.check_conversions(Case(made, "mosaic_gpu"), ElementFormat(dtype, quantized=True), RUNS[0])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("sizes", [(16, 2, 128, 2), (64, 1, 64, 1), (8, 8, 128, 2)])
+@pytest.mark.parametrize(("own", "there"), [("bfloat16", "float8_e4m3fn"), ("float16", "int8")])
+def test_mosaic_converts_many_shapes(own, there, sizes):
+    size, heads, dim, components = sizes
+    made = KVLayout(1, 4, size, heads, dim, own, components=components)
+    with target.interpreted():
+        moves.check_conversions(Case(made, "mosaic_gpu"), ElementFormat(there, quantized=True), RUNS[0])
 
 
 @pytest.mark.long
@@ -76,13 +95,19 @@ def test_blocks_are_converted_on_the_way(own, there, kind):
 @pytest.mark.parametrize(("own", "there"), list(itertools.permutations(FORMATS, 2)))
 def test_every_format_to_every_other(own_kind, own, there):
     for kind in RUNS:
-        moves.check_conversions(Case(KVLayout(**NARROW, kind=own_kind).with_format(own), "xla"), there, kind)
+        case = Case(KVLayout(**NARROW, kind=own_kind).with_format(own), "xla")
+        moves.check_conversions(case, there, kind)
+        moves.check_converting_permute(case, there, kind)
 
 
 @pytest.mark.parametrize(
     ("own", "there", "sizes", "reason"),
     [
-        (PLAIN, INT8, {}, "it copies, and does not convert bfloat16 and int8"),
+        (PLAIN, INT8, {}, "it does not convert to or from universal"),
+        (PLAIN, INT8, {"kind": RUNS[0]}, "it does not convert blocks of a fully_contiguous cache"),
+        (PLAIN, INT8, {"head_dim": 96, "num_kv_heads": 1}, "it converts rows of 64 or 128 elements; head_dim is 96"),
+        (PLAIN, INT8, {"block_size": 8, "num_kv_heads": 1}, "a block of a layer has 16 rows; it converts 64 at a time"),
+        (ElementFormat("float32"), INT8, {"num_kv_heads": 1}, "it converts numbers of 16 bits; the cache is float32"),
         (INT8, PLAIN, {}, "it copies, and does not convert int8 and bfloat16"),
         (INT8, INT8, {"kind": RUNS[0]}, "quantised blocks of a fully_contiguous cache to or from universal"),
         (INT8, INT8, {"num_layers": 1, "block_size": 1, "num_kv_heads": 1}, "has 136 bytes, not a multiple of 16"),
