@@ -20,12 +20,14 @@ import jax.numpy as jnp
 from kvbm_jax import cache as kv
 from kvbm_jax import grants, kernels, sequences
 from kvbm_jax.kernels.dispatch import Implementation
-from kvbm_jax.layout import KVLayout, LayoutKind
+from kvbm_jax.layout import ElementFormat, KVLayout, LayoutKind
 
 type Arguments = tuple[Any, ...]
 
 SEPARATE, STACKED, CONTIGUOUS, UNIVERSAL = LayoutKind
 RUNS = (CONTIGUOUS, UNIVERSAL)
+INT8 = ElementFormat("int8", quantized=True)
+CONVERTED_DIM = 128  # D of caches whose blocks are converted on their way too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,7 +113,7 @@ def _of_shape(scale: Scale, shape: str, layout: KVLayout, *, every: bool) -> Ite
     for own in kinds:
         cache = layout.with_kind(own)
         for run in RUNS:
-            yield from _between(shape, cache, scale.blocks, run)
+            yield from _between(shape, cache, cache.staging(scale.blocks, run))
         for disjoint in (True, False):
             yield _copy(shape, cache, scale.blocks, disjoint=disjoint)
     pairs = itertools.permutations(kinds, 2) if every else ((SEPARATE, UNIVERSAL), (UNIVERSAL, SEPARATE))
@@ -119,6 +121,9 @@ def _of_shape(scale: Scale, shape: str, layout: KVLayout, *, every: bool) -> Ite
         pairs = itertools.permutations((SEPARATE, STACKED), 2)
     for own, other in pairs:
         yield _permute(shape, layout.with_kind(own), other)
+    for own in (SEPARATE, STACKED) if every and layout.head_dim == CONVERTED_DIM else ():
+        cache = layout.with_kind(own)
+        yield from _between(f"{shape}, int8", cache, cache.with_format(INT8).staging(scale.blocks))
 
 
 def _rows(shape: str, layout: KVLayout, tokens: int) -> Iterator[Case]:
@@ -164,25 +169,26 @@ def _store_in_all_layers(shape: str, layout: KVLayout, tokens: int) -> Case:
     return Case("store_kv", about, token, moved, large, call=store, arguments=given, donated=(0,), heads=heads)
 
 
-def _between(shape: str, layout: KVLayout, count: int, run: LayoutKind) -> Iterator[Case]:
-    """Gather and scatter of blocks, from and to an array of runs."""
-    staging = layout.staging(count, run)
+def _between(shape: str, layout: KVLayout, staging: KVLayout) -> Iterator[Case]:
+    """Gather and scatter of blocks, from and to an array of runs, which may be of another element format."""
+    count, run, converts = staging.num_blocks, staging.kind, staging.element_format != layout.element_format
     sizes = {
-        "unit_bytes": unit_bytes(layout, staging),
-        "must_move": 2 * staging.total_bytes,
+        "unit_bytes": 0 if converts else unit_bytes(layout, staging),
+        "must_move": count * (layout.block_bytes + staging.block_bytes),
         "large_bytes": layer_bytes(layout),
-        "heads": layout.num_kv_heads,
+        "heads": 0 if converts else layout.num_kv_heads,
     }
+    how = {"kind": run, "element_format": staging.element_format}
 
     def given(seed: Any) -> Arguments:
         blocks = values(seed, staging.array_shape, staging.array_dtype)
         return cache_of(seed + 1, layout), distinct(seed, layout.num_blocks, count), blocks
 
     def gather(implementation: Implementation | None, arrays: Any, ids: Any, out: Any) -> Any:
-        return kernels.gather_blocks(arrays, layout, ids, kind=run, out=out, implementation=implementation)
+        return kernels.gather_blocks(arrays, layout, ids, **how, out=out, implementation=implementation)
 
     def scatter(implementation: Implementation | None, arrays: Any, ids: Any, blocks: Any) -> Any:
-        return kernels.scatter_blocks(arrays, layout, ids, blocks, kind=run, implementation=implementation)
+        return kernels.scatter_blocks(arrays, layout, ids, blocks, **how, implementation=implementation)
 
     there, back = f"{shape}, {layout.kind} to {run}", f"{shape}, {run} to {layout.kind}"
     yield Case("gather_blocks", there, call=gather, arguments=given, donated=(2,), **sizes)

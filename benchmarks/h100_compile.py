@@ -86,7 +86,7 @@ def programs() -> list[tuple[Case, str]]:
     first = [case for case in cases if case.about.startswith(next(iter(FULL.shapes)))]
     return [
         *((case, KERNEL) for case in cases),
-        *((case, SHARED) for case in first if SEPARATE in case.about or case.about in FULL.shapes),
+        *((case, SHARED) for case in first if case.heads and (SEPARATE in case.about or case.about in FULL.shapes)),
         *((case, XLA) for case in first if case.donated),
     ]
 

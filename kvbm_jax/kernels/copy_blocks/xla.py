@@ -36,4 +36,5 @@ def copy_blocks(
 
     if not disjoint:
         return tuple(at_once(array, sources, targets) for array in arrays)
-    return tuple(lax.platform_dependent(array, sources, targets, cpu=one_by_one, default=at_once) for array in arrays)
+    ids = jnp.asarray(sources), jnp.asarray(targets)  # outside of a jit they may be numpy's, which a loop cannot index
+    return tuple(lax.platform_dependent(array, *ids, cpu=one_by_one, default=at_once) for array in arrays)

@@ -29,7 +29,7 @@ __all__ = ["dequantize_layer", "quantize_layer", "refusal", "rows_of_layer"]
 _ROWS = 64  # of a tile
 _DIMS = (64, 128)  # whose tiles leave registers to work with, and divide what a block's scales take
 _ROUNDING = np.float32(1.5 * 2**23)  # added and taken off again, it rounds to the nearest whole number, ties to even
-_CONFIG = CopyConfig(tile_bytes=8192, stages=4, blocks_per_core=4)
+_CONFIG = CopyConfig(tile_bytes=16384, stages=2, blocks_per_core=4)  # 25 KiB of buffers a stage at D = 128
 
 
 def quantize_layer(

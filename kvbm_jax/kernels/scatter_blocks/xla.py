@@ -3,6 +3,7 @@
 from dataclasses import replace
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from kvbm_jax.kernels.arrangement import arrays_of, elements_of, layer_of
@@ -38,7 +39,8 @@ def scatter_blocks(
         written: tuple[jax.Array, ...] = lax.fori_loop(0, ids.shape[0], put, arrays)
         return written
 
-    written: tuple[jax.Array, ...] = lax.platform_dependent(arrays, block_ids, blocks, cpu=one_by_one, default=at_once)
+    ids = jnp.asarray(block_ids)  # outside of a jit it may be numpy's, which a loop cannot index
+    written: tuple[jax.Array, ...] = lax.platform_dependent(arrays, ids, blocks, cpu=one_by_one, default=at_once)
     return written
 
 
