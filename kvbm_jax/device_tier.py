@@ -145,6 +145,10 @@ class DeviceTier:
         if np.any(copied.sources < self.layout.num_blocks):
             self.cache.run(_copy_blocks, copied.sources, copied.targets)
 
+    def share(self, hashes: NDArray[np.uint32]) -> None:
+        """Copies blocks u32[M, 4] that are registered here to host memory, for peers."""
+        self.residency.share(self.cache.value, hashes)
+
     def reserve(self, growth: Mapping[int, int], max_blocks: int | None) -> grants.Grant:
         """Sets blocks aside for a compiled loop. See `BlockPool.reserve`."""
         begun = self._clock.monotonic_ns()

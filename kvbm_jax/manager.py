@@ -63,6 +63,7 @@ from kvbm_jax.upkeep import Upkeep
 
 if TYPE_CHECKING:
     from kvbm_jax.controller import Controller
+    from kvbm_jax.peers import PeerNetwork
 
 __all__ = ["BlockManager"]
 
@@ -120,6 +121,7 @@ class BlockManager:
         what `config` names.
       agreement: decides how much of what the tiers brought up is used, where several processes run one plan; see
         `kvbm_jax.agreement`.
+      peers: other workers, whose host memory is read and who read this one's; closed with the manager. None = nobody.
 
     Raises:
       ConfigError: if a size is unset, the transport asked for is not there, a tier or a policy cannot be had, or there
@@ -142,6 +144,7 @@ class BlockManager:
         stores: abc.Sequence[BlockStore] | None = None,
         eviction_policy: str | EvictionPolicy | ScoreFunction | None = None,
         agreement: Agreement = agree_alone,
+        peers: "PeerNetwork | None" = None,
     ) -> None:
         self.config = config
         self._calls = Calls()
@@ -164,7 +167,13 @@ class BlockManager:
         engine = None
         try:
             engine = open_engine(
-                config, layout, stores, publisher=self._publisher, metrics=self._metrics, clock=self._clock
+                config,
+                layout,
+                stores,
+                publisher=self._publisher,
+                metrics=self._metrics,
+                clock=self._clock,
+                network=peers,
             )
             self._device = DeviceTier(
                 layout,
@@ -370,6 +379,18 @@ class BlockManager:
         count = self._progress.register(seq, num_computed, priority)
         self._device.update_gauges()
         return count
+
+    @_whole
+    def share(self, seq: Sequence) -> None:
+        """Copies the registered blocks of a running sequence to host memory, where peers can read them.
+
+        Returns at once; `created` events of tier G2 tell what can be read.
+
+        Raises:
+          BlockStateError: if the sequence is not running.
+        """
+        self._roster.require(seq)
+        self._device.share(seq.hash_blocks(seq.num_registered))
 
     @_in_turn
     def release(self, seq: Sequence) -> None:

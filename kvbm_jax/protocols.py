@@ -28,6 +28,7 @@ __all__ = [
     "OffloadPolicy",
     "Slots",
     "TransferEngine",
+    "PeerBlocks",
     "WorkerRecord",
     "Discovery",
     "EventSink",
@@ -307,6 +308,26 @@ class TransferEngine(Protocol):
 
     def close(self) -> None:
         """Waits for what is under way, for a while, and lets go of memory and peers. Idempotent."""
+        ...
+
+
+class PeerBlocks(Protocol):
+    """Blocks that other workers hold, as a tier that is only read. One thread calls it."""
+
+    def offered(self, keys: Sequence[BlockKey]) -> int:
+        """Returns how many leading blocks of `keys` can be had and are worth it; at once, asking nobody."""
+        ...
+
+    def read(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> int:
+        """Reads the longest prefix of `keys` that can be had into rows `uint8[n, P]`.
+
+        Returns:
+          How many came, verified; the rows after them hold anything.
+        """
+        ...
+
+    def close(self) -> None:
+        """Lets go of the others. Idempotent."""
         ...
 
 

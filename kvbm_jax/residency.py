@@ -97,6 +97,12 @@ class Residency:
         elif gone:
             self._engine.offload(cache, gone)
 
+    def share(self, cache: KVCache, hashes: NDArray[np.uint32]) -> None:
+        """Copies those of blocks u32[M, 4] that the device holds to host memory, for peers."""
+        if self._engine is not None:
+            keys = [BlockKey(hash_bytes(words)) for words in hashes]
+            self._engine.share(cache, [self._residents[key] for key in keys if key in self._residents])
+
     def forgotten(self, evicted: EvictedBlocks) -> None:
         """The device has been told to forget blocks; the tiers below are not offered them."""
         keys = self._count_evicted(evicted)

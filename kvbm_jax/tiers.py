@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from kvbm_jax import extensions
 from kvbm_jax.config import KvBlockManagerConfig
@@ -14,8 +15,12 @@ from kvbm_jax.offload.engine import OffloadEngine
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, OffloadPolicy
 
+if TYPE_CHECKING:
+    from kvbm_jax.peers import PeerNetwork, Peers
+
 __all__ = ["identity_of", "open_engine", "open_stores"]
 
+_PINNED_SHARE, _LEAST_PINNED = 8, 16
 _STORE_METHODS = ("put", "get", "delete", "contains", "records", "stats", "close")
 
 
@@ -32,6 +37,7 @@ def open_engine(
     publisher: EventPublisher,
     metrics: MetricsSink,
     clock: Clock,
+    network: "PeerNetwork | None" = None,
 ) -> OffloadEngine | None:
     """Puts an engine over the tiers below a device; None where there are none.
 
@@ -42,14 +48,19 @@ def open_engine(
       publisher: tells events.
       metrics: where measurements go.
       clock: for durations.
+      network: of peers, closed with the engine; None for none.
+
+    Raises:
+      ConfigError: if there are peers, and no host memory that they could read or no `model_id`.
     """
     if config.offload_dtype is not None:
         layout = layout.with_format(config.offload_dtype.element_format)
     with contextlib.ExitStack() as opened:
         if stores is None:
-            stores = open_stores(config, layout, clock)
+            stores = open_stores(config, layout, clock, pinned_blocks=0 if network is None else _pins(config))
             for store in stores:
                 opened.callback(store.close)
+        peers = None if network is None else opened.enter_context(_join(config, network, stores, metrics, clock))
         if not stores:
             return None
         engine = OffloadEngine(
@@ -60,12 +71,15 @@ def open_engine(
             metrics=metrics,
             clock=clock,
             policy=_offload_policy(config.offload_policy),
+            peers=peers,
         )
         opened.pop_all()
     return engine
 
 
-def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) -> Sequence[BlockStore]:
+def open_stores(
+    config: KvBlockManagerConfig, layout: KVLayout, clock: Clock, *, pinned_blocks: int = 0
+) -> Sequence[BlockStore]:
     """Opens the stores that a configuration asks for, from the fastest down; none without `enable_offload`.
 
     `layout` is that of the cache, in the element format of the tiers.
@@ -87,7 +101,13 @@ def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) ->
         if config.host_blocks:
             allocator = _allocator(config.host_allocator)
             stores.append(
-                HostBlockStore(layout.block_bytes, config.host_blocks, identity=identity, allocator=allocator)
+                HostBlockStore(
+                    layout.block_bytes,
+                    config.host_blocks,
+                    identity=identity,
+                    allocator=allocator,
+                    pinned_blocks=pinned_blocks,
+                )
             )
         if config.disk_bytes:
             stores.append(_open_disk(config, layout, identity, clock))
@@ -96,6 +116,38 @@ def open_stores(config: KvBlockManagerConfig, layout: KVLayout, clock: Clock) ->
             store.close()
         raise
     return stores
+
+
+def _pins(config: KvBlockManagerConfig) -> int:
+    """How many slots of host memory peers may keep from being written at a time."""
+    return max((config.host_blocks or 0) // _PINNED_SHARE, _LEAST_PINNED)
+
+
+def _join(
+    config: KvBlockManagerConfig,
+    network: "PeerNetwork",
+    stores: Sequence[BlockStore],
+    metrics: MetricsSink,
+    clock: Clock,
+) -> "Peers":
+    from kvbm_jax.peers import Peers  # noqa: PLC0415 (sockets, which a worker alone has no use for)
+
+    store = next((store for store in stores if isinstance(store, HostBlockStore)), None)
+    if store is None:
+        raise ConfigError("peers read host memory, and there is none: set enable_offload and host_blocks")
+    if config.model_id is None:
+        raise ConfigError(
+            "model_id is unset; peers must know whose keys and values they read: name the model and its weights, for "
+            "example by name and revision"
+        )
+    return Peers(
+        network,
+        worker_id=config.worker_id,
+        store=store,
+        block_size=config.block_size,
+        metrics=metrics,
+        clock=clock,
+    )
 
 
 def _offload_policy(name: str) -> OffloadPolicy | None:

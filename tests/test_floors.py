@@ -69,6 +69,7 @@ FLOORS = {
         "loose_blocks",
         "manager",
         "outcomes",
+        "peers",
         "programs",
         "progress",
         "reblock",

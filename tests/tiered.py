@@ -36,7 +36,9 @@ def prompt(first, blocks, tail=1):
     return list(range(first, first + blocks * SIZE + tail))
 
 
-def make(num_blocks=8, max_sequences=1, metrics=None, observer=None, stores=None, agreement=agree_alone, **config):
+def make(
+    num_blocks=8, max_sequences=1, metrics=None, observer=None, stores=None, agreement=agree_alone, peers=None, **config
+):
     values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
     return BlockManager(
         KvBlockManagerConfig(**(values | {"dtype": "float32"} | config)),
@@ -46,6 +48,7 @@ def make(num_blocks=8, max_sequences=1, metrics=None, observer=None, stores=None
         observer=observer,
         stores=stores,
         agreement=agreement,
+        peers=peers,
     )
 
 

@@ -47,6 +47,7 @@ from kvbm_jax.protocols import (
     MetricsSink,
     OffloadPolicy,
     Outcome,
+    PeerBlocks,
     StoreRow,
     StoreStats,
     Tier,
@@ -99,6 +100,7 @@ class OffloadEngine:
       metrics: counts what crosses each edge.
       clock: for durations.
       policy: which evicted blocks the tiers are offered; None for all.
+      peers: blocks of other workers, closed with this; None for none.
       max_bytes_in_flight: bound of the memory that moves may hold.
 
     Raises:
@@ -115,6 +117,7 @@ class OffloadEngine:
         metrics: MetricsSink,
         clock: Clock,
         policy: OffloadPolicy | None = None,
+        peers: PeerBlocks | None = None,
         max_bytes_in_flight: int = _MAX_BYTES_IN_FLIGHT,
     ) -> None:
         _check_stores(stores, layout, identity)
@@ -129,6 +132,7 @@ class OffloadEngine:
         self._metrics = metrics
         self._clock = clock
         self._policy = policy
+        self._peers = peers
         self._ring = StagingRing(layout)
         self._buffers = BufferPool()
         self._announcer = TierAnnouncer(publisher)
@@ -180,10 +184,24 @@ class OffloadEngine:
             self._submit(cache, decided.transfers, decided.removed, on_device, is_copy=False)
         self._update_gauges()
 
-    def load(self, keys: Sequence[BlockKey]) -> Loaded:
-        """Reads the longest prefix of `keys` that the tiers hold; they become the most recent of their tiers.
+    def share(self, cache: KVCache, blocks: Sequence[Resident]) -> None:
+        """Copies blocks of the device to host memory, where peers can read them; the device keeps them.
 
-        Waits for the bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
+        Returns at once; an event tells of each block that can be read. Blocks that would take the memory in flight
+        beyond its bound are left out, and counted.
+        """
+        self._forget_lost()
+        room = max(self._max_bytes - self._mover.bytes_in_flight, 0) // (2 * self._block_bytes)
+        self._count_dropped(max(len(blocks) - room, 0))
+        on_device = {block.record.key: block for block in blocks[:room]}
+        if on_device and Tier.G2 in self._stores:
+            self._copy_down(cache, dict.fromkeys(on_device, Tier.G1), on_device, Tier.G2)
+            self._update_gauges()
+
+    def load(self, keys: Sequence[BlockKey]) -> Loaded:
+        """Reads the longest prefix of `keys` that the tiers hold, and after it what peers do.
+
+        Blocks of the tiers become the most recent ones there; those of peers are brought into none. Waits for the bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
         """
         self._forget_lost()
         tiers: list[Tier] = []
@@ -194,12 +212,16 @@ class OffloadEngine:
             tiers.append(tier)
         for key, tier in zip(keys, tiers, strict=False):
             self._tiers.touch(key, tier)
-        rows = self._buffers.lend(rows_for(len(tiers), self._block_bytes), self._block_bytes)
+        local, offered = len(tiers), self._peers.offered(keys[len(tiers) :]) if self._peers else 0
+        rows = self._buffers.lend(rows_for(local + offered, self._block_bytes), self._block_bytes)
         if tiers:
             self._mover.settle()
-        found = self._read(list(keys[: len(tiers)]), tiers, rows)
-        if len(found) < len(tiers):
+        found = self._read(list(keys[:local]), tiers, rows)
+        if len(found) < local:
             self._update_gauges()
+        elif self._peers and offered:
+            wanted = slice(local, local + offered)
+            found = [*found, *[Tier.G4] * self._peers.read(keys[wanted], rows[wanted])]
         return Loaded(rows, tuple(found))
 
     def flush(
@@ -238,7 +260,7 @@ class OffloadEngine:
                 key: Tier.G1 if key in residents else self._tiers.locate(key) for key in wanted[first : first + step]
             }
             origins = {key: origin for key, origin in part.items() if origin is not None}
-            jobs.append(self._copy_down(cache(), origins, residents))
+            jobs.append(self._copy_down(cache(), origins, residents, self._lowest))
         yield functools.partial(self._mover.wait_idle, deadline.left())
         self._forget_lost()
         self._update_gauges()
@@ -298,7 +320,9 @@ class OffloadEngine:
         self._update_gauges()
 
     def close(self, seconds: float | None) -> None:
-        """Lets moves under way end, `seconds` at most, and closes the stores."""
+        """Parts from peers, lets moves under way end, `seconds` at most, and closes the stores."""
+        if self._peers is not None:
+            self._peers.close()
         self._mover.close(seconds)
 
     def _adopt(self, store: BlockStore) -> None:
@@ -309,18 +333,21 @@ class OffloadEngine:
         self._announcer.created(store.tier, [held[key] for key in self._tiers.oldest_first(store.tier)])
 
     def _copy_down(
-        self, cache: KVCache, origins: Mapping[BlockKey, Tier], on_device: Mapping[BlockKey, Resident]
+        self,
+        cache: KVCache,
+        origins: Mapping[BlockKey, Tier],
+        on_device: Mapping[BlockKey, Resident],
+        target: Tier,
     ) -> Job:
-        """Has blocks copied to the lowest tier where it lacks them."""
-        lowest = self._lowest
+        """Has blocks copied to a tier where it lacks them."""
         arriving: dict[BlockKey, Tier] = {}  # where their bytes are
         removed: list[tuple[BlockKey, Tier]] = []
         for key, origin in origins.items():
-            if not self._tiers.holds(key, lowest):
+            if not self._tiers.holds(key, target):
                 arriving[key] = origin
-            surplus = self._tiers.insert(key, lowest)
-            removed += [(gone, lowest) for gone in surplus if arriving.pop(gone, None) is None]
-        transfers = [Transfer(key, origin, lowest) for key, origin in arriving.items()]
+            surplus = self._tiers.insert(key, target)
+            removed += [(gone, target) for gone in surplus if arriving.pop(gone, None) is None]
+        transfers = [Transfer(key, origin, target) for key, origin in arriving.items()]
         return self._submit(cache, transfers, removed, on_device, is_copy=True)
 
     def _submit(

@@ -1,0 +1,199 @@
+"""Blocks of other workers as a tier of this one: what peers hold in host memory is found, pulled, and served to them.
+
+    events of the others ──> PrefixIndex ─┐
+                          Discovery ──────┴> PeerDirectory ──> Puller ──> rows for the device
+    host store of this worker <── PeerServer <── pulls of the others
+
+Which peer has what is told by their events, so a lookup asks nobody. What was promised and does not come is a miss: the
+rest of the prompt is computed. Pulling is weighed against computing: by what earlier pulls have taken.
+
+Axes: n blocks of a call, P bytes of a block.
+"""
+
+import contextlib
+import logging
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax.closing import Closing
+from kvbm_jax.errors import IdentityMismatchError, LayoutError
+from kvbm_jax.events import PrefixIndex, Subscription
+from kvbm_jax.offload.host import HostBlockStore
+from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome
+from kvbm_jax.transfer import PeerServer, Puller, SocketConfig, open_engine
+from kvbm_jax.transfer.directory import PeerDirectory
+
+__all__ = ["PeerNetwork", "Peers"]
+
+_LOG = logging.getLogger(__name__)
+_WEIGHT = 0.3  # of the latest pull in the running mean of its kind
+_FADING = 0.98
+_LANDING_BLOCKS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerNetwork:
+    """How a worker takes part; discovery and events are closed with the manager that it is given to."""
+
+    discovery: Discovery  # who is there
+    events: Sequence[Subscription] = ()  # what the others tell
+    engine: str = "auto"  # what moves bytes: nixl, tcp, or the better one that is there
+    sockets: SocketConfig = field(default_factory=SocketConfig)
+    timeout: float = 10.0  # seconds that a pull may take
+    tokens_per_second: float | None = None  # what this worker computes of a prompt; None: pulling is always worth it
+
+
+class PullCost:
+    """How long a block takes to pull, learnt from the pulls that were made, against how long it takes to compute.
+
+    Args:
+      block_size: tokens of a block.
+      tokens_per_second: what is computed in the meantime; None for nothing.
+    """
+
+    def __init__(self, block_size: int, tokens_per_second: float | None) -> None:
+        self._seconds_to_compute = 0.0 if tokens_per_second is None else block_size / tokens_per_second
+        self._always = tokens_per_second is None
+        self._seconds_a_block: float | None = None
+
+    def worth(self, blocks: int) -> bool:
+        """Tells whether pulling so many blocks is faster than computing them.
+
+        The first pull is always tried. With each that is not made what is known of earlier ones fades, so that a
+        network which has become faster is found out.
+        """
+        if not blocks or self._always or self._seconds_a_block is None:
+            return blocks > 0
+        if self._seconds_a_block < self._seconds_to_compute:
+            return True
+        self._seconds_a_block *= _FADING
+        return False
+
+    def learn(self, blocks: int, seconds: float) -> None:
+        """Takes the time of a pull that brought so many blocks."""
+        if blocks:
+            each = seconds / blocks
+            before = each if self._seconds_a_block is None else self._seconds_a_block
+            self._seconds_a_block = before + _WEIGHT * (each - before)
+
+
+class Peers(Closing):
+    """One worker's peers.
+
+    Args:
+      network: how it takes part.
+      worker_id: what it is called.
+      store: its host memory, which peers read; it can pin slots.
+      block_size: tokens of a block.
+      metrics: takes measurements.
+      clock: for durations.
+
+    Raises:
+      ConfigError: the store can pin nothing, or the network is not configured as it must be.
+      MissingDependencyError: the engine's package is not installed.
+      TransferError: an engine does not start, or an address cannot be had.
+    """
+
+    def __init__(
+        self,
+        network: PeerNetwork,
+        *,
+        worker_id: str,
+        store: HostBlockStore,
+        block_size: int,
+        metrics: MetricsSink,
+        clock: Clock,
+    ) -> None:
+        self._clock = clock
+        self._cost = PullCost(block_size, network.tokens_per_second)
+        index = PrefixIndex()
+        with contextlib.ExitStack() as opened:
+            opened.callback(network.discovery.close)
+            for stream in network.events:
+                opened.callback(stream.close)
+            engine = open_engine(network.engine, worker_id, config=network.sockets, metrics=metrics, clock=clock)
+            opened.callback(engine.close)
+            server = opened.enter_context(
+                PeerServer(worker_id, store, engine, config=network.sockets, metrics=metrics, clock=clock)
+            )
+            self._puller = opened.enter_context(
+                Puller(
+                    worker_id,
+                    store.identity,
+                    engine,
+                    _LANDING_BLOCKS,
+                    config=network.sockets,
+                    timeout=network.timeout,
+                    lost=lambda peer: self._directory.lost(peer),  # noqa: PLW0108 (there is none yet)
+                    metrics=metrics,
+                    clock=clock,
+                )
+            )
+            self._directory = PeerDirectory(
+                worker_id,
+                store.identity.fingerprint,
+                network.discovery,
+                index,
+                shut_out=self._puller.quarantine.holds,
+            )
+            for stream in network.events:
+                opened.enter_context(_Listener(stream, index, worker_id))
+            network.discovery.announce(server.record)
+            self._opened = opened.pop_all()
+
+    def offered(self, keys: Sequence[BlockKey]) -> int:
+        """Returns how many leading blocks of `keys` a peer holds and are worth pulling; asks nobody."""
+        offers = self._directory.offers([key.sequence_hash for key in keys]) if keys else []
+        blocks = offers[0].blocks if offers else 0
+        return blocks if self._cost.worth(blocks) else 0
+
+    def read(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> int:
+        """Pulls the longest prefix of n blocks that peers have into rows u8[n, P]; returns how many came, verified."""
+        came = 0
+        for offer in self._directory.offers([key.sequence_hash for key in keys]):
+            wanted = keys[came : offer.blocks]
+            if not wanted:
+                break
+            begun = self._clock.monotonic_ns()
+            try:
+                pulled = self._puller.pull(offer.record, wanted)
+            except (IdentityMismatchError, LayoutError) as error:
+                _LOG.warning("blocks of %s are not used: %s", offer.record.worker_id, error)
+                self._directory.lost(offer.record.worker_id)
+                continue
+            with pulled:
+                good = next((i for i, row in enumerate(pulled.rows) if row.outcome is not Outcome.OK), len(wanted))
+                for place, block in pulled.blocks():
+                    if place < good:
+                        out[came + place] = block
+            self._cost.learn(good, (self._clock.monotonic_ns() - begun) / 1e9)
+            missed = [key for key, row in zip(wanted, pulled.rows, strict=True) if row.outcome is Outcome.MISS]
+            self._directory.missed(offer.record.worker_id, missed)
+            came += good
+        return came
+
+    def close(self) -> None:
+        """Is found no more, serves and pulls no more. Idempotent."""
+        self._opened.close()
+
+
+class _Listener(Closing):
+    """A thread that keeps the index up to date with a stream of events."""
+
+    def __init__(self, stream: Subscription, index: PrefixIndex, worker_id: str) -> None:
+        self._stream, self._index, self._worker_id = stream, index, worker_id
+        self._thread = threading.Thread(target=self._follow, name="kvbm-peer-events", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Leaves the stream. Idempotent."""
+        self._stream.close()
+        self._thread.join()
+
+    def _follow(self) -> None:
+        for item in self._stream:
+            self._index.apply(item)

@@ -1,0 +1,121 @@
+"""Managers that find blocks in each other's host memory: contents right, faults no more than misses."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+from tiered import SIZE, make, prefill, prompt, serve, settle
+
+from kvbm_jax.errors import ConfigError
+from kvbm_jax.hashing import hash_bytes, hash_sequence
+from kvbm_jax.metrics import InMemoryMetrics
+from kvbm_jax.peers import PeerNetwork, PullCost
+from kvbm_jax.protocols import BlockKey, Tier
+from kvbm_jax.transfer.folder_discovery import FolderDiscovery
+
+PATIENCE = 20.0
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """Makes workers that know each other; each hears those that were made before it."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with contextlib.ExitStack() as opened:
+        made = []
+
+        def work(**options):
+            network = PeerNetwork(
+                discovery=FolderDiscovery(tmp_path / "workers", ttl=3.0, heartbeat=0.05),
+                events=[other.subscribe_events() for other in made],
+                engine="tcp",
+                **options.pop("network", {}),
+            )
+            values = {"enable_offload": True, "disk_budget": 0, "host_blocks": 32, "model_id": "tiny"}
+            worker = make(peers=network, worker_id=f"w{len(made)}", **(values | options))
+            opened.callback(worker.close, 0)
+            made.append(worker)
+            return worker
+
+        yield work
+
+
+def shared(worker, tokens):
+    """Serves a prompt whose blocks are in host memory afterwards."""
+    with worker.start(tokens) as seq:
+        prefill(worker, seq)
+        worker.register(seq)
+        worker.share(seq)
+    settle(worker)
+
+
+def pulled(worker, tokens, blocks):
+    """Serves a prompt once a peer is known to hold so many of its blocks; returns its hits."""
+    hashes = hash_sequence(tokens, SIZE)[:blocks]
+    keys = [BlockKey(hash_bytes(words)) for words in hashes]
+    peers = worker._device.residency._engine._peers
+    deadline = time.monotonic() + PATIENCE
+    while peers.offered(keys) < blocks:
+        assert time.monotonic() < deadline, f"after {PATIENCE} s {peers.offered(keys)} of {blocks} blocks are known"
+        threading.Event().wait(0.01)
+    return serve(worker, tokens)
+
+
+def test_a_prefix_is_pulled_from_a_peer(workers):
+    metrics = InMemoryMetrics()
+    first = workers()
+    second = workers(metrics=metrics)
+    shared(first, prompt(0, 6))
+    assert pulled(second, prompt(0, 6), 6) == {Tier.G4: 6 * SIZE}
+    assert metrics.snapshot()['kvbm_transfer_blocks_total{source="g4",target="g2"}'] == 6
+    # What came is this worker's own now, and is found on its device.
+    assert serve(second, prompt(0, 6)) == {Tier.G1: 6 * SIZE}
+
+
+def test_a_workers_own_tiers_come_first_and_the_peers_go_on(workers):
+    first, second = workers(), workers()
+    shared(first, prompt(0, 6))
+    serve(second, prompt(0, 2))
+    assert pulled(second, prompt(0, 6), 6) == {Tier.G1: 2 * SIZE, Tier.G4: 4 * SIZE}
+
+
+def test_a_peer_that_is_gone_is_a_miss(workers):
+    first, second = workers(), workers(network={"timeout": 2.0})
+    shared(first, prompt(0, 3))
+    assert pulled(second, prompt(0, 3), 3) == {Tier.G4: 3 * SIZE}
+    shared(first, prompt(100, 3))
+    first.close(0)
+    assert serve(second, prompt(100, 3)) == {}
+
+
+def test_peers_of_another_model_are_not_asked(workers):
+    first, second = workers(), workers(model_id="another")
+    third = workers()
+    shared(first, prompt(0, 3))
+    assert pulled(third, prompt(0, 3), 3) == {Tier.G4: 3 * SIZE}
+    assert serve(second, prompt(0, 3)) == {}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_id": None}, "model_id is unset"),
+        ({"host_blocks": 0, "disk_budget": 1 << 20}, "peers read host memory, and there is none"),
+    ],
+)
+def test_what_peers_need_is_said(workers, changes, message, tmp_path):
+    with pytest.raises(ConfigError, match=message):
+        workers(offload_path=tmp_path / "disk", **changes)
+
+
+def test_pulling_is_weighed_against_computing():
+    cost = PullCost(block_size=4, tokens_per_second=100.0)  # 40 ms a block
+    assert cost.worth(1)
+    assert not cost.worth(0)
+    cost.learn(10, 0.1)
+    assert cost.worth(10)
+    for _ in range(10):
+        cost.learn(10, 10.0)
+    assert not cost.worth(10)
+    assert next(i for i in range(1000) if cost.worth(10)) > 50  # what is known fades
+    assert PullCost(block_size=4, tokens_per_second=None).worth(1)
