@@ -60,6 +60,14 @@ class CacheDtype(enum.StrEnum):
         return ElementFormat(str(self), quantized=self in {CacheDtype.INT8, CacheDtype.FLOAT8_E4M3FN})
 
 
+class TransferEngineKind(enum.StrEnum):
+    """What moves blocks between workers."""
+
+    AUTO = "auto"
+    NIXL = "nixl"
+    TCP = "tcp"
+
+
 class EventTransport(enum.StrEnum):
     """Where a manager publishes its events."""
 
@@ -170,6 +178,25 @@ class KvBlockManagerConfig:
             "?replay=tcp://host:port; needs consolidate"
         ),
     ] = ()
+    peers: Annotated[
+        str,
+        _Says(
+            "whose blocks are found too: none, nats (all workers at the server of the events), or what a package offers"
+        ),
+    ] = "none"
+    peer_address: Annotated[
+        str | None,
+        _Says("where peers read blocks, tcp://host:port?token_file=PATH; unset: a free port of loopback; needs peers"),
+    ] = None
+    transfer_engine: Annotated[
+        TransferEngineKind, _Says("what moves blocks between peers: nixl, tcp, or auto, the better one that is there")
+    ] = TransferEngineKind.AUTO
+    prefill_tokens_per_second: Annotated[
+        float | None,
+        _Says(
+            "how fast the model computes a prompt: what peers bring slower is computed; unset: it is pulled", above=0
+        ),
+    ] = None
     controller: Annotated[
         str | None,
         _Says("where a running manager is controlled: auto, unix:///path or http://host:port; unset: nowhere"),
@@ -231,12 +258,34 @@ class KvBlockManagerConfig:
                     f"engine_events = {list(self.engine_events)}: allowed are addresses such as tcp://host:port, "
                     "each once"
                 )
+        extensions.check_name(extensions.PEER_NETWORKS, self.peers)
+        if self.peers != "none":
+            self._check_peers()
+        elif self.peer_address is not None:
+            raise ConfigError(f"peer_address = {self.peer_address!r} but peers = none: nobody comes there")
         if self.controller_token_file is not None and self.controller is None:
             raise ConfigError(
                 f"controller_token_file = {self.controller_token_file} but controller is unset: nobody asks for it"
             )
         if not self.worker_id or not self.worker_id.isprintable() or " " in self.worker_id:
             raise ConfigError(f"worker_id = {self.worker_id!r}: allowed are printable characters, no spaces")
+
+    def _check_peers(self) -> None:
+        if not self.enable_offload or not self.host_blocks:
+            raise ConfigError(
+                f"peers = {self.peers} but there is no host tier, which is what peers read: set enable_offload = true "
+                "and host_blocks"
+            )
+        if self.model_id is None:
+            raise ConfigError(
+                f"peers = {self.peers} but model_id is unset; peers must know whose keys and values they read: name "
+                "the model and its weights, for example by name and revision"
+            )
+        if self.peers == EventTransport.NATS and self.events != EventTransport.NATS:
+            raise ConfigError(
+                f"peers = nats but events = {self.events}: peers learn from events what this worker holds; set "
+                "events = nats"
+            )
 
     @property
     def disk_bytes(self) -> int:

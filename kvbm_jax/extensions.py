@@ -12,6 +12,7 @@ A package names what it offers in its own pyproject.toml; the name is then a val
 | `kvbm_jax.block_stores` | `disk_store` | a function `(config, identity, block_bytes) -> BlockStore` of tier G3 or G4 |
 | `kvbm_jax.offload_policies` | `offload_policy` | a function without arguments that returns an `OffloadPolicy` |
 | `kvbm_jax.event_transports` | `events` | a function `(worker_id, url, metrics) -> EventSink` |
+| `kvbm_jax.peer_networks` | `peers` | a function `(worker_id, url) -> PeerNetwork`, `url` being `events_url` |
 
 Names of built-in parts cannot be taken over. Nothing is imported before a manager is made with it.
 """
@@ -23,7 +24,7 @@ from typing import Any, Final, NamedTuple
 
 from kvbm_jax.errors import ConfigError, KvbmError
 
-__all__ = ["BLOCK_STORES", "HOST_ALLOCATORS", "OFFLOAD_POLICIES", "Kind", "check_name", "load"]
+__all__ = ["BLOCK_STORES", "HOST_ALLOCATORS", "OFFLOAD_POLICIES", "PEER_NETWORKS", "Kind", "check_name", "load"]
 
 
 class Kind(NamedTuple):
@@ -37,6 +38,7 @@ class Kind(NamedTuple):
 HOST_ALLOCATORS: Final = Kind("host allocator", "kvbm_jax.host_allocators", ("anonymous", "huge_pages"))
 BLOCK_STORES: Final = Kind("disk store", "kvbm_jax.block_stores", ("segments",))
 OFFLOAD_POLICIES: Final = Kind("offload policy", "kvbm_jax.offload_policies", ("always",))
+PEER_NETWORKS: Final = Kind("network of peers", "kvbm_jax.peer_networks", ("none", "nats"))
 
 
 def check_name(kind: Kind, name: str) -> str:

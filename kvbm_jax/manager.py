@@ -121,7 +121,8 @@ class BlockManager:
         what `config` names.
       agreement: decides how much of what the tiers brought up is used, where several processes run one plan; see
         `kvbm_jax.agreement`.
-      peers: other workers, whose host memory is read and who read this one's; closed with the manager. None = nobody.
+      peers: other workers, whose host memory is read and who read this one's; closed with the manager;
+        None = whom `config` names.
 
     Raises:
       ConfigError: if a size is unset, the transport asked for is not there, a tier or a policy cannot be had, or there

@@ -13,21 +13,23 @@ Axes: n blocks of a call, P bytes of a block.
 import contextlib
 import logging
 import threading
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kvbm_jax import extensions
 from kvbm_jax.closing import Closing
-from kvbm_jax.errors import IdentityMismatchError, LayoutError
+from kvbm_jax.config import KvBlockManagerConfig
+from kvbm_jax.errors import ConfigError, IdentityMismatchError, LayoutError
 from kvbm_jax.events import PrefixIndex, Subscription
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome
 from kvbm_jax.transfer import PeerServer, Puller, SocketConfig, open_engine
 from kvbm_jax.transfer.directory import PeerDirectory
 
-__all__ = ["PeerNetwork", "Peers"]
+__all__ = ["PeerNetwork", "Peers", "PullCost", "open_network"]
 
 _LOG = logging.getLogger(__name__)
 _WEIGHT = 0.3  # of the latest pull in the running mean of its kind
@@ -45,6 +47,31 @@ class PeerNetwork:
     sockets: SocketConfig = field(default_factory=SocketConfig)
     timeout: float = 10.0  # seconds that a pull may take
     tokens_per_second: float | None = None  # what this worker computes of a prompt; None: pulling is always worth it
+
+
+def open_network(config: KvBlockManagerConfig) -> PeerNetwork | None:
+    """Returns the network that a configuration asks for; None for none.
+
+    Raises:
+      ConfigError: there is no such network, or an address is none.
+      KvbmError: what the network says against it: its package is missing, nobody is there, ...
+    """
+    if config.peers == "none":
+        return None
+    sockets = SocketConfig() if config.peer_address is None else SocketConfig.from_url(config.peer_address)
+
+    def use(offered: Callable[[str, str | None], object]) -> object:
+        return offered(config.worker_id, config.events_url)
+
+    network = extensions.load(extensions.PEER_NETWORKS, config.peers, use)
+    if not isinstance(network, PeerNetwork):
+        raise ConfigError(f"peers = {config.peers}: the package made a {type(network).__name__}, not a PeerNetwork")
+    return replace(
+        network,
+        engine=config.transfer_engine,
+        sockets=sockets,
+        tokens_per_second=config.prefill_tokens_per_second,
+    )
 
 
 class PullCost:

@@ -48,7 +48,7 @@ def open_engine(
       publisher: tells events.
       metrics: where measurements go.
       clock: for durations.
-      network: of peers, closed with the engine; None for none.
+      network: of peers, closed with the engine; None for what `config` says.
 
     Raises:
       ConfigError: if there are peers, and no host memory that they could read or no `model_id`.
@@ -56,6 +56,10 @@ def open_engine(
     if config.offload_dtype is not None:
         layout = layout.with_format(config.offload_dtype.element_format)
     with contextlib.ExitStack() as opened:
+        if network is None and config.peers != "none":
+            from kvbm_jax.peers import open_network  # noqa: PLC0415 (sockets, which a worker alone has no use for)
+
+            network = open_network(config)
         if stores is None:
             stores = open_stores(config, layout, clock, pinned_blocks=0 if network is None else _pins(config))
             for store in stores:
@@ -130,7 +134,7 @@ def _join(
     metrics: MetricsSink,
     clock: Clock,
 ) -> "Peers":
-    from kvbm_jax.peers import Peers  # noqa: PLC0415 (sockets, which a worker alone has no use for)
+    from kvbm_jax.peers import Peers  # noqa: PLC0415 (as above)
 
     store = next((store for store in stores if isinstance(store, HostBlockStore)), None)
     if store is None:

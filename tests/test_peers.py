@@ -7,11 +7,13 @@ import time
 import pytest
 from tiered import SIZE, make, prefill, prompt, serve, settle
 
+from kvbm_jax import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.peers import PeerNetwork, PullCost
 from kvbm_jax.protocols import BlockKey, Tier
+from kvbm_jax.transfer import SocketConfig
 from kvbm_jax.transfer.folder_discovery import FolderDiscovery
 
 PATIENCE = 20.0
@@ -32,7 +34,7 @@ def workers(tmp_path, monkeypatch):
                 **options.pop("network", {}),
             )
             values = {"enable_offload": True, "disk_budget": 0, "host_blocks": 32, "model_id": "tiny"}
-            worker = make(peers=network, worker_id=f"w{len(made)}", **(values | options))
+            worker = make(network=network, worker_id=f"w{len(made)}", **(values | options))
             opened.callback(worker.close, 0)
             made.append(worker)
             return worker
@@ -106,6 +108,47 @@ def test_peers_of_another_model_are_not_asked(workers):
 def test_what_peers_need_is_said(workers, changes, message, tmp_path):
     with pytest.raises(ConfigError, match=message):
         workers(offload_path=tmp_path / "disk", **changes)
+
+
+def test_a_configuration_joins_the_workers_of_a_nats_server(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    values = {"enable_offload": True, "host_blocks": 16, "model_id": "tiny", "events": "nats", "peers": "nats"}
+    values |= {"peer_address": "tcp://127.0.0.1:0", "transfer_engine": "tcp", "prefill_tokens_per_second": 1e-3}
+    with make(worker_id="one", **values) as first, make(worker_id="two", **values) as second:
+        shared(first, prompt(0, 4))
+        assert pulled(second, prompt(0, 4), 4) == {Tier.G4: 4 * SIZE}
+        shared(second, prompt(50, 2))
+        assert pulled(first, prompt(50, 2), 2) == {Tier.G4: 2 * SIZE}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peers": "nats"}, "peers = nats but there is no host tier"),
+        ({"peers": "nats", "enable_offload": True, "host_blocks": 4}, "model_id is unset"),
+        ({"peers": "nats", "enable_offload": True, "host_blocks": 4, "model_id": "m"}, "set events = nats"),
+        ({"peers": "friends"}, "'friends' is no network of peers; choose from none, nats"),
+        ({"peer_address": "tcp://127.0.0.1:0"}, "but peers = none"),
+    ],
+)
+def test_configurations_of_peers_that_do_not_go_together(changes, message):
+    with pytest.raises(ConfigError, match=message):
+        KvBlockManagerConfig(**changes)
+
+
+@pytest.mark.parametrize(
+    ("url", "message"),
+    [
+        ("http://127.0.0.1:1", "no address to listen at"),
+        ("tcp://127.0.0.1:99999", "port of"),
+        ("tcp://127.0.0.1:1?tokenfile=x", "asks for tokenfile"),
+        ("tcp://0.0.0.0:1", "name a token_file"),
+    ],
+)
+def test_addresses_that_are_none(url, message):
+    with pytest.raises(ConfigError, match=message):
+        SocketConfig.from_url(url)
 
 
 def test_pulling_is_weighed_against_computing():

@@ -37,7 +37,14 @@ def prompt(first, blocks, tail=1):
 
 
 def make(
-    num_blocks=8, max_sequences=1, metrics=None, observer=None, stores=None, agreement=agree_alone, peers=None, **config
+    num_blocks=8,
+    max_sequences=1,
+    metrics=None,
+    observer=None,
+    stores=None,
+    agreement=agree_alone,
+    network=None,
+    **config,
 ):
     values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
     return BlockManager(
@@ -48,7 +55,7 @@ def make(
         observer=observer,
         stores=stores,
         agreement=agreement,
-        peers=peers,
+        peers=network,
     )
 
 

@@ -201,7 +201,8 @@ class OffloadEngine:
     def load(self, keys: Sequence[BlockKey]) -> Loaded:
         """Reads the longest prefix of `keys` that the tiers hold, and after it what peers do.
 
-        Blocks of the tiers become the most recent ones there; those of peers are brought into none. Waits for the bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
+        Blocks of the tiers become the most recent ones there; those of peers are brought into none. Waits for the
+        bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
         """
         self._forget_lost()
         tiers: list[Tier] = []

@@ -16,10 +16,11 @@ import ipaddress
 import os
 import secrets
 import ssl
+import urllib.parse
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import msgspec
 
@@ -32,6 +33,7 @@ __all__ = ["SocketConfig", "greet", "is_loopback", "welcome"]
 
 PROTOCOL_VERSION = 1
 _SHORTEST_TOKEN = 16
+_FILES = ("token_file", "tls_cert", "tls_key", "tls_ca")
 _LONGEST_GREETING = 1024  # bytes that are read of somebody who has shown nothing yet
 _NONCE = 32
 
@@ -65,6 +67,26 @@ class SocketConfig:
             raise ConfigError(f"port = {self.port}: allowed is 0 to 65535")
         if self.patience <= 0:
             raise ConfigError(f"patience = {self.patience}: allowed are seconds > 0")
+
+    @classmethod
+    def from_url(cls, url: str) -> Self:
+        """Reads an address, `tcp://host:port`; its query may have `advertise` and files: `token_file`, `tls_cert`, ...
+
+        Raises:
+          ConfigError: It is none, or asks for what is not known.
+        """
+        parts = urllib.parse.urlsplit(url)
+        query = dict(urllib.parse.parse_qsl(parts.query, keep_blank_values=True))
+        if parts.scheme != "tcp" or not parts.hostname:
+            raise ConfigError(f"{url!r} is no address to listen at, such as tcp://127.0.0.1:5600")
+        if unknown := sorted(query.keys() - {"advertise", *_FILES}):
+            raise ConfigError(f"{url!r} asks for {', '.join(unknown)}; known are advertise, {', '.join(_FILES)}")
+        try:
+            port = parts.port or 0
+        except ValueError as error:
+            raise ConfigError(f"the port of {url!r} is none: {error}") from error
+        files = {name: Path(query[name]) for name in _FILES if name in query}
+        return cls(host=parts.hostname, port=port, advertise=query.get("advertise"), **files)  # type: ignore[arg-type]
 
     def token(self) -> bytes:
         """Returns the token.

@@ -1,14 +1,16 @@
 """The transports of this package as managers ask for them: by worker and address."""
 
+import contextlib
 import urllib.parse
 from collections.abc import Callable
 
 from kvbm_jax.addresses import public
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.events import KvEventBatch, ParentGate, Subscription
-from kvbm_jax.protocols import EventSink, MetricsSink
+from kvbm_jax.peers import PeerNetwork
+from kvbm_jax.protocols import Discovery, EventSink, MetricsSink
 
-__all__ = ["nats_sink", "replay_endpoint", "zmq_sink", "zmq_source"]
+__all__ = ["nats_peers", "nats_sink", "replay_endpoint", "zmq_sink", "zmq_source"]
 
 
 def zmq_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSink[KvEventBatch]:
@@ -73,6 +75,42 @@ def nats_sink(worker_id: str, url: str | None, metrics: MetricsSink) -> EventSin
         server.close()
         raise
     return _WithServer(publisher, server.close)
+
+
+def nats_peers(worker_id: str, url: str | None) -> PeerNetwork:
+    """The workers of one NATS server, by default the one that this user's workers share on this host."""
+    from kvbm_jax.transports.nats_connection import NatsConnection  # noqa: PLC0415 (an extra)
+    from kvbm_jax.transports.nats_discovery import NatsDiscovery, NatsDiscoveryConfig  # noqa: PLC0415
+    from kvbm_jax.transports.nats_server import SharedNatsServer  # noqa: PLC0415
+    from kvbm_jax.transports.nats_subscriber import NatsKvEventSubscriberConfig, subscribe_nats  # noqa: PLC0415
+
+    with contextlib.ExitStack() as opened:
+        if url is None:
+            server = SharedNatsServer()
+            opened.callback(server.close)
+            connection, resolve = server.connection(), server.connection
+        else:
+            connection, resolve = NatsConnection.from_url(url), None
+        discovery = NatsDiscovery(NatsDiscoveryConfig(connection=connection), resolve=resolve)
+        opened.callback(discovery.close)
+        events = subscribe_nats(NatsKvEventSubscriberConfig(connection=connection), resolve=resolve)
+        closing = opened.pop_all()
+    return PeerNetwork(discovery=_DiscoveryWithServer(discovery, closing), events=[events])
+
+
+class _DiscoveryWithServer:
+    """Discovery and the share in a server that it needs."""
+
+    def __init__(self, discovery: Discovery, closing: contextlib.ExitStack) -> None:
+        self._discovery = discovery
+        self._closing = closing
+        self.announce = discovery.announce
+        self.withdraw = discovery.withdraw
+        self.workers = discovery.workers
+
+    def close(self) -> None:
+        """Closes discovery, then the server if it is this process's own. Idempotent."""
+        self._closing.close()
 
 
 class _WithServer:

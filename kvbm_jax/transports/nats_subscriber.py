@@ -13,7 +13,7 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -71,13 +71,19 @@ class NatsKvEventSubscriberConfig:
             raise ConfigError(f"codec {self.codec.name}: NATS carries native messages, such as msgpack")
 
 
-def subscribe_nats(config: NatsKvEventSubscriberConfig | None = None) -> Subscription:
+def subscribe_nats(
+    config: NatsKvEventSubscriberConfig | None = None, *, resolve: Callable[[], NatsConnection] | None = None
+) -> Subscription:
     """Returns a subscription to the events of all workers.
+
+    Args:
+      config: Whose events, and from where on.
+      resolve: Says where the server is, before each attempt to connect; None for the configuration's.
 
     Raises:
       TransportError: Nobody is there, the credentials are refused, or the stream cannot be had.
     """
-    reader = _Reader(NatsKvEventSubscriberConfig() if config is None else config)
+    reader = _Reader(NatsKvEventSubscriberConfig() if config is None else config, resolve)
     reader.thread.start()
     return reader.subscription
 
@@ -100,7 +106,7 @@ class _Unread(NamedTuple):
 class _Reader:
     """What stands between the connection and the subscription."""
 
-    def __init__(self, config: NatsKvEventSubscriberConfig) -> None:
+    def __init__(self, config: NatsKvEventSubscriberConfig, resolve: Callable[[], NatsConnection] | None) -> None:
         self._config = config
         self._workers: dict[str, _Position] = {}
         self._trusting = False  # whether a worker met in the middle of its life is gone on with
@@ -111,7 +117,10 @@ class _Reader:
         self._complain = FirstTime(_LOG, "a message is passed over: %s")
         self.subscription = Subscription(self._leave, config.capacity)
         self.thread = NatsThread(
-            "kvbm-nats-subscriber", lambda: config.connection, self._session, ended=self.subscription.end
+            "kvbm-nats-subscriber",
+            resolve or (lambda: config.connection),
+            self._session,
+            ended=self.subscription.end,
         )
 
     def _leave(self, _: Subscription) -> None:
