@@ -19,7 +19,7 @@ go before the next call. Subscriptions to events wait for nobody.
 import functools
 import logging
 import time
-from collections import abc
+from collections import Counter, abc
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -323,6 +323,42 @@ class BlockManager:
         """Returns how many leading tokens, in whole blocks, the device holds now; nothing is held for the caller."""
         return self._device.pool.match(self._hasher(tokens, salt, lora_name, multimodal)) * self.layout.block_size
 
+    @_in_turn
+    def locate(
+        self,
+        tokens: abc.Sequence[int] | NDArray[np.integer],
+        *,
+        salt: str = "",
+        lora_name: str | None = None,
+        multimodal: Multimodal = (),
+    ) -> dict[Tier, int]:
+        """Returns how many leading tokens, in whole blocks, `start` would find in each tier, peers (G4) included.
+
+        Nothing is held for the caller, and no peer is asked: what they have is known from their events.
+        """
+        hashes, size = self._hasher(tokens, salt, lora_name, multimodal), self.layout.block_size
+        resident = self._device.pool.match(hashes)
+        counts = Counter(self._device.residency.locate(hashes[resident:]))
+        return {tier: blocks * size for tier, blocks in ({Tier.G1: resident} | counts).items() if blocks}
+
+    @_whole
+    def share(
+        self,
+        tokens: abc.Sequence[int] | NDArray[np.integer],
+        *,
+        salt: str = "",
+        lora_name: str | None = None,
+        multimodal: Multimodal = (),
+    ) -> int:
+        """Copies the blocks of a prompt that the device holds to host memory, where peers can read them.
+
+        Returns at once, with how many leading tokens these are; `created` events of tier G2 tell what can be read.
+        """
+        hashes = self._hasher(tokens, salt, lora_name, multimodal)
+        resident = self._device.pool.match(hashes)
+        self._device.share(hashes[:resident])
+        return resident * self.layout.block_size
+
     @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:
         """Appends tokens to running sequences and gives them slots, for steps that the host drives one by one.
@@ -380,18 +416,6 @@ class BlockManager:
         count = self._progress.register(seq, num_computed, priority)
         self._device.update_gauges()
         return count
-
-    @_whole
-    def share(self, seq: Sequence) -> None:
-        """Copies the registered blocks of a running sequence to host memory, where peers can read them.
-
-        Returns at once; `created` events of tier G2 tell what can be read.
-
-        Raises:
-          BlockStateError: if the sequence is not running.
-        """
-        self._roster.require(seq)
-        self._device.share(seq.hash_blocks(seq.num_registered))
 
     @_in_turn
     def release(self, seq: Sequence) -> None:

@@ -146,6 +146,10 @@ class Residency:
         if self._engine is not None:
             self._engine.reconcile()
 
+    def locate(self, hashes: NDArray[np.uint32]) -> list[Tier]:
+        """Returns where the longest prefix of u32[M, 4] would be read from, block by block; nothing is read."""
+        return [] if self._engine is None else self._engine.locate([BlockKey(hash_bytes(words)) for words in hashes])
+
     def load(self, hashes: NDArray[np.uint32]) -> Loaded | None:
         """Reads the longest prefix of u32[M, 4] that the tiers below hold; None where there is nothing."""
         if self._engine is None or not len(hashes):

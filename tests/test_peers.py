@@ -5,14 +5,13 @@ import threading
 import time
 
 import pytest
-from tiered import SIZE, make, prefill, prompt, serve, settle
+from tiered import SIZE, make, prompt, serve, settle
 
 from kvbm_jax import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
-from kvbm_jax.hashing import hash_bytes, hash_sequence
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.peers import PeerNetwork, PullCost
-from kvbm_jax.protocols import BlockKey, Tier
+from kvbm_jax.protocols import Tier
 from kvbm_jax.transfer import SocketConfig
 from kvbm_jax.transfer.folder_discovery import FolderDiscovery
 
@@ -44,23 +43,21 @@ def workers(tmp_path, monkeypatch):
 
 def shared(worker, tokens):
     """Serves a prompt whose blocks are in host memory afterwards."""
-    with worker.start(tokens) as seq:
-        prefill(worker, seq)
-        worker.register(seq)
-        worker.share(seq)
+    blocks = len(tokens) // SIZE
+    serve(worker, tokens)
+    assert worker.share(tokens) == blocks * SIZE
     settle(worker)
 
 
 def pulled(worker, tokens, blocks):
-    """Serves a prompt once a peer is known to hold so many of its blocks; returns its hits."""
-    hashes = hash_sequence(tokens, SIZE)[:blocks]
-    keys = [BlockKey(hash_bytes(words)) for words in hashes]
-    peers = worker._device.residency._engine._peers
+    """Serves a prompt once so many of its blocks are known to be somewhere; returns its hits."""
     deadline = time.monotonic() + PATIENCE
-    while peers.offered(keys) < blocks:
-        assert time.monotonic() < deadline, f"after {PATIENCE} s {peers.offered(keys)} of {blocks} blocks are known"
+    while sum((found := worker.locate(tokens)).values()) < blocks * SIZE:
+        assert time.monotonic() < deadline, f"after {PATIENCE} s {found} is known"
         threading.Event().wait(0.01)
-    return serve(worker, tokens)
+    hits = serve(worker, tokens)
+    assert hits == found
+    return hits
 
 
 def test_a_prefix_is_pulled_from_a_peer(workers):

@@ -198,6 +198,12 @@ class OffloadEngine:
             self._copy_down(cache, dict.fromkeys(on_device, Tier.G1), on_device, Tier.G2)
             self._update_gauges()
 
+    def locate(self, keys: Sequence[BlockKey]) -> list[Tier]:
+        """Returns where `load` would read the longest prefix of `keys` from, block by block."""
+        self._forget_lost()
+        tiers = self._located(keys)
+        return tiers + [Tier.G4] * self._offered(keys[len(tiers) :])
+
     def load(self, keys: Sequence[BlockKey]) -> Loaded:
         """Reads the longest prefix of `keys` that the tiers hold, and after it what peers do.
 
@@ -205,15 +211,11 @@ class OffloadEngine:
         bytes. A block that turns out to be missing or corrupt ends the prefix, and is forgotten.
         """
         self._forget_lost()
-        tiers: list[Tier] = []
-        for key in keys:
-            tier = self._tiers.locate(key)
-            if tier is None:
-                break
-            tiers.append(tier)
+        tiers = self._located(keys)
         for key, tier in zip(keys, tiers, strict=False):
             self._tiers.touch(key, tier)
-        local, offered = len(tiers), self._peers.offered(keys[len(tiers) :]) if self._peers else 0
+        local = len(tiers)
+        offered = self._offered(keys[local:])
         rows = self._buffers.lend(rows_for(local + offered, self._block_bytes), self._block_bytes)
         if tiers:
             self._mover.settle()
@@ -332,6 +334,19 @@ class OffloadEngine:
         surplus = [gone for key in held for gone in self._tiers.insert(key, store.tier)]
         self._mover.forget(store.tier, dict.fromkeys(surplus))
         self._announcer.created(store.tier, [held[key] for key in self._tiers.oldest_first(store.tier)])
+
+    def _located(self, keys: Sequence[BlockKey]) -> list[Tier]:
+        """Where the tiers hold the longest prefix of `keys`."""
+        tiers: list[Tier] = []
+        for key in keys:
+            tier = self._tiers.locate(key)
+            if tier is None:
+                break
+            tiers.append(tier)
+        return tiers
+
+    def _offered(self, keys: Sequence[BlockKey]) -> int:
+        return 0 if self._peers is None or not keys else self._peers.offered(keys)
 
     def _copy_down(
         self,
