@@ -272,9 +272,8 @@ def cache_of(seed: Any, layout: KVLayout) -> tuple[jax.Array, ...]:
 
 def distinct(seed: Any, limit: int, count: int) -> jax.Array:
     """Numbers below a limit, i32[count], all different, none near the next; the middle one is the limit itself."""
-    step = next(step for step in range(int(limit * 0.618), 0, -1) if math.gcd(step, limit) == 1)
-    if (last := step * (count + 1)) >= 2**32:
-        raise ValueError(f"{count} numbers in steps of {step} reach {last}, beyond 32 bits")
+    largest = min(int(limit * 0.618), (2**32 - 1) // (count + 1))
+    step = next(step for step in range(largest, 0, -1) if math.gcd(step, limit) == 1)
     first = _mixed(seed, ()) % step
     numbers = (first + step * jnp.arange(count, dtype=jnp.uint32)) % limit
     return numbers.astype(jnp.int32).at[count // 2].set(limit)

@@ -1,95 +1,142 @@
-"""Everything that needs a GPU, in one call of a few minutes: `python -m benchmarks.gpu`.
+"""Everything that needs a GPU, in one call of at most 8 minutes: `python -m benchmarks.gpu`.
 
-First the tests marked `gpu`, in a process of their own; then how fast the cache's verbs move bytes. Each figure
-stands beside a plain copy on the same device of an array of as many bytes, timed in the same run: both are medians
-over calls that were waited for. Results go to `benchmarks/results/`, as JSON and as a table, under the name of the
-device. Nothing but the base dependencies is needed, and what `tests/` needs for the tests.
+    tests        the tests marked `gpu`
+    truth        every kernel against XLA, bit for bit, on large inputs
+    moves        bytes a second of every operation, beside a copy on the device
+    bookkeeping  a step's bookkeeping: one dispatch, in a scan; with XLA's command buffers
+    no-buffers   the same without them
+    edges        offload and onboard, beside a copy from and to pinned host memory
+    tune         only if asked for: tries configs of kernels and writes `kvbm_jax/kernels/tuned.json`
 
-Axes: H kv heads, D head dim, S tokens of a call, M blocks of a call.
+Each part is a process of its own, with a time of its own: one that crashes or hangs takes nothing along, and what it
+told until then stays. Its results are written at once; `--resume` keeps those that did not fail. All of them together
+go to `benchmarks/results/`, as JSON and as a table, under the name of the device. Exit status 1 without a GPU, or if a
+part fails or a check does; a target that is missed is no failure, and is told.
+
+Nothing but the base dependencies is needed, and what `tests/` needs for the tests.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import pathlib
 import re
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import jaxlib
 
+from benchmarks import bookkeeping, edges, moving
+from benchmarks.measuring import Clock, Row, format_row, tell, told
 from kvbm_jax import __version__
-from kvbm_jax import cache as kv
-from kvbm_jax.layout import KVLayout
+from kvbm_jax.kernels import target
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-TEST_SECONDS = 330  # of the 480 that the whole call may take
+TOTAL_SECONDS = 460
+_GRACE_SECONDS = 25  # for a part to start, and to end what it has begun
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
-    """A cache and the calls on it."""
+class Part:
+    """A part of the run."""
 
-    num_layers: int  # L
-    num_blocks: int  # N
-    block_size: int  # T
-    num_kv_heads: int  # H
-    head_dim: int  # D
-    dtype: str
-    steps: tuple[int, ...]  # S
-    moves: tuple[int, ...]  # M
-    repeats: int
-
-
-FULL = Sizes(4, 4096, 64, 8, 128, "bfloat16", steps=(256, 8192), moves=(32, 1024), repeats=30)
-SMALL = Sizes(2, 64, 16, 2, 32, "float32", steps=(32,), moves=(8,), repeats=3)
-
-
-@dataclasses.dataclass(frozen=True)
-class Row:
-    """One measurement beside its baseline."""
-
-    case: str
-    bytes: int  # moved: read once and written once
     seconds: float
-    baseline: str
-    baseline_seconds: float
-    ratio: float  # baseline_seconds / seconds: 1 is as fast as a copy
+    run: Callable[..., None]  # of a clock and whether sizes are tiny
+    flags: str = ""  # for XLA
+    by_default: bool = True
+
+
+def run_tests(clock: Clock, *, tiny: bool) -> None:
+    """Runs the tests marked gpu, from the files that have any, unless this is a dry run."""
+    files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
+    if tiny or not files or importlib.util.find_spec("pytest") is None:
+        tell("note", text="no GPU" if tiny else "pytest is absent" if files else "no test carries the marker")
+        return
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "gpu", *map(str, files)]
+    try:
+        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=clock.left, check=False)
+    except subprocess.TimeoutExpired:
+        tell("check", name="tests: not done in time", passed=False)
+        return
+    print(done.stdout)
+    summary = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
+    if done.returncode == 5:
+        tell("note", text="no test carries the marker")
+    else:
+        tell("check", name=f"tests: {summary}", passed=done.returncode == 0)
+
+
+def _steps(about: str) -> Callable[..., None]:
+    return lambda clock, *, tiny: bookkeeping.steps(clock, tiny=tiny, about=about)
+
+
+PARTS = {
+    "tests": Part(110, run_tests),
+    "truth": Part(85, moving.truth),
+    "moves": Part(85, moving.moves),
+    "bookkeeping": Part(40, _steps("")),
+    "no-buffers": Part(40, _steps(", no command buffers"), flags="--xla_gpu_enable_command_buffer="),
+    "edges": Part(25, edges.edges),
+    "tune": Part(240, moving.tune, by_default=False),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs tests and measurements, writes the results; exit status 1 without a GPU or if a test fails."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Everything that needs a GPU.")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the JSON here too")
-    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
-    parser.add_argument("--skip-tests", action="store_true", help="measure only")
-    parser.add_argument("--allow-cpu", action="store_true", help="without a GPU, run tiny sizes on the CPU")
-    args = parser.parse_args(argv)
-    # Read when the device is first used: the process of the tests wants memory too.
+    """Runs the parts, writes the results."""
+    args = _parser().parse_args(argv)
+    # Read when the device is first used: each part's process wants memory too.
     os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+    if args.child:
+        run_child(args.child, args.seconds, tiny=args.tiny)
+        return 0
+    if unknown := set(args.parts or ()) - set(PARTS):
+        print(f"benchmarks.gpu: no part {', '.join(sorted(unknown))}; there is {', '.join(PARTS)}", file=sys.stderr)
+        return 1
     device = find_device(allow_cpu=args.allow_cpu)
     if device is None:
         print("benchmarks.gpu: jax finds no GPU here; --allow-cpu makes a dry run on the CPU", file=sys.stderr)
         return 1
-    start = time.perf_counter()
-    tests = {"status": "skipped", "summary": "--skip-tests"} if args.skip_tests else run_tests()
-    print(f"tests marked gpu: {tests['status']} ({tests['summary']})", flush=True)
-    sizes = FULL if device.platform == "gpu" else SMALL
-    rows = []
-    for row in measure(sizes, device):
-        rows.append(row)
-        print(format_row(row), flush=True)
-    result = describe(device, sizes, tests, rows, time.perf_counter() - start)
-    write(result, args.out, args.json)
-    return 1 if tests["status"] == "failed" else 0
+    begun, tiny = time.perf_counter(), device.platform != "gpu"
+    name = re.sub(r"[^a-z0-9]+", "-", device.device_kind.lower()).strip("-")
+    folder = args.out / f"{name}-parts"
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = args.parts or [part for part in PARTS if PARTS[part].by_default or (part == "tune" and args.tune)]
+    results = []
+    for part in chosen:
+        file = folder / f"{part}.json"
+        result = json.loads(file.read_text(encoding="utf-8")) if args.resume and file.exists() else {}
+        if result.get("status", "failed") == "failed":
+            left = TOTAL_SECONDS - (time.perf_counter() - begun)
+            # Tuning is not what a run of every day does, and has its time for itself.
+            seconds = PARTS[part].seconds if part == "tune" else min(PARTS[part].seconds, left - _GRACE_SECONDS)
+            result = run_part(part, seconds, tiny=tiny) if seconds > 0 else outcome(part, [], left_out=["all of it"])
+            file.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        print(f"{part}: {result['status']}", flush=True)
+        results.append(result)
+    whole = describe(device, results, time.perf_counter() - begun)
+    write(whole, args.out / name, args.json)
+    return 1 if any(result["status"] == "failed" for result in results) else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="Everything that needs a GPU.")
+    parser.add_argument("--parts", type=lambda text: text.split(","), metavar="A,B", help=f"of {', '.join(PARTS)}")
+    parser.add_argument("--resume", action="store_true", help="keep results that are there, but for failures")
+    parser.add_argument("--tune", action="store_true", help="also try configs of kernels, for 4 minutes more")
+    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="write the JSON here too")
+    parser.add_argument("--out", type=pathlib.Path, default=ROOT / "benchmarks" / "results", metavar="DIR")
+    parser.add_argument("--allow-cpu", action="store_true", help="without a GPU, run tiny sizes on the CPU")
+    for name, kind in (("--child", str), ("--seconds", float)):
+        parser.add_argument(name, type=kind, help=argparse.SUPPRESS)
+    parser.add_argument("--tiny", action="store_true", help=argparse.SUPPRESS)
+    return parser
 
 
 def find_device(*, allow_cpu: bool) -> Any | None:
@@ -101,89 +148,69 @@ def find_device(*, allow_cpu: bool) -> Any | None:
     return next((d for d in devices if d.platform == "gpu" or allow_cpu), None)
 
 
-def run_tests() -> dict[str, str]:
-    """Runs the tests marked gpu in a process of their own, from the files that have any."""
-    files = [p for p in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in p.read_text(encoding="utf-8")]
-    if not files:
-        return {"status": "none", "summary": "no test carries the marker"}
-    if importlib.util.find_spec("pytest") is None:
-        return {"status": "skipped", "summary": f"pytest is absent; {len(files)} files not run"}
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", *map(str, files)]
-    try:
-        done = subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, timeout=TEST_SECONDS, check=False)
-    except subprocess.TimeoutExpired:
-        return {"status": "failed", "summary": f"not done after {TEST_SECONDS} s"}
-    print(done.stdout)
-    summary = (done.stdout.strip().splitlines() or ["no output"])[-1].strip("= ")
-    status = {0: "passed", 5: "none"}.get(done.returncode, "failed")
-    return {"status": status, "summary": summary}
+def run_child(part: str, seconds: float, *, tiny: bool) -> None:
+    """Runs a part in this process; a dry run interprets the kernels."""
+    clock = Clock(seconds)
+    with target.interpreted() if tiny else contextlib.nullcontext():
+        PARTS[part].run(clock, tiny=tiny)
+    for what in clock.left_out:
+        tell("left out", what=what)
 
 
-def measure(sizes: Sizes, device: Any) -> Iterator[Row]:
-    """Yields store, gather and scatter at every size, each beside a copy of as many bytes."""
-    layout = KVLayout(
-        sizes.num_layers, sizes.num_blocks, sizes.block_size, sizes.num_kv_heads, sizes.head_dim, sizes.dtype
+def run_part(part: str, seconds: float, *, tiny: bool) -> dict[str, Any]:
+    """Runs a part in a process of its own and returns what it told."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--child", part, "--seconds", str(seconds)]
+    flags = " ".join((os.environ.get("XLA_FLAGS", ""), PARTS[part].flags)).strip()
+    environment = os.environ | ({"XLA_FLAGS": flags} if flags else {})
+    begun, failure = time.perf_counter(), None
+    process = subprocess.Popen(
+        command + ["--tiny"] * tiny,
+        cwd=ROOT,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    token_shape = (sizes.num_kv_heads, sizes.head_dim)
-    layer_bytes = 2 * sizes.num_kv_heads * sizes.head_dim * jnp.dtype(sizes.dtype).itemsize  # of one token
-
-    def store(cache: kv.KVCache, keys: jax.Array, values: jax.Array, slots: jax.Array) -> kv.KVCache:
-        for layer in range(sizes.num_layers):
-            cache = kv.store_kv(cache, layer, keys, values, slots)
-        return cache
-
-    store = jax.jit(store, donate_argnums=0)
-    gather = jax.jit(kv.gather_blocks)
-    scatter = jax.jit(kv.scatter_blocks, donate_argnums=0)
-    copy = jax.jit(jnp.copy)
-
-    with jax.default_device(device):
-        state = kv.init(layout)
-        order = jax.random.permutation(jax.random.key(0), layout.num_blocks).astype(jnp.int32)
-        for count in sizes.steps:
-            keys = jax.random.normal(jax.random.key(1), (count, *token_shape)).astype(sizes.dtype)
-            slots = jnp.arange(count, dtype=jnp.int32)
-            slots = order[slots // sizes.block_size] * sizes.block_size + slots % sizes.block_size
-            state, seconds = time_donating(lambda c, k=keys, s=slots: store(c, k, k, s), state, sizes.repeats)
-            yield beside_copy(f"store_kv, {count} tokens", count * layer_bytes * sizes.num_layers, seconds, copy, sizes)
-        for count in sizes.moves:
-            num_bytes = count * sizes.block_size * layer_bytes * sizes.num_layers
-            ids = order[:count]
-            staging = gather(state, ids)
-            seconds = time_calls(lambda i=ids, c=state: gather(c, i), sizes.repeats)
-            yield beside_copy(f"gather_blocks, {count} blocks", num_bytes, seconds, copy, sizes)
-            state, seconds = time_donating(lambda c, i=ids, b=staging: scatter(c, i, b), state, sizes.repeats)
-            yield beside_copy(f"scatter_blocks, {count} blocks", num_bytes, seconds, copy, sizes)
+    try:
+        out, err = process.communicate(timeout=max(seconds, 1) + _GRACE_SECONDS)
+        if process.returncode:
+            failure = f"ended with status {process.returncode}: {err.strip()[-1500:]}"
+    except subprocess.TimeoutExpired:
+        process.kill()
+        out, _ = process.communicate()
+        failure = f"not done after {seconds:.0f} s"
+    return outcome(part, told(out), seconds=time.perf_counter() - begun, failure=failure)
 
 
-def beside_copy(case: str, num_bytes: int, seconds: float, copy: Callable[[Any], Any], sizes: Sizes) -> Row:
-    """Times a copy of as many bytes and returns both as a row."""
-    source = jnp.zeros(num_bytes, jnp.uint8)
-    baseline = time_calls(lambda: copy(source), sizes.repeats)
-    return Row(case, num_bytes, seconds, "copy on the device", baseline, baseline / seconds)
+def outcome(
+    part: str,
+    found: Sequence[dict[str, Any]],
+    *,
+    seconds: float = 0,
+    failure: str | None = None,
+    left_out: Sequence[str] = (),
+) -> dict[str, Any]:
+    """Returns the result of a part: of what it told, and of why it failed, if it did."""
+
+    def of(kind: str) -> list[dict[str, Any]]:
+        return [{name: value for name, value in one.items() if name != "kind"} for one in found if one["kind"] == kind]
+
+    rows, checks, notes = of("row"), of("check"), [one["text"] for one in of("note")]
+    left_out = [*left_out, *(one["what"] for one in of("left out"))]
+    failures = [failure] * bool(failure) + [check["name"] for check in checks if not check["passed"]]
+    status = "failed" if failures else "out of time" if left_out else "passed" if rows or checks else "skipped"
+    return {
+        "part": part,
+        "status": status,
+        "note": "; ".join([*failures, *notes]),
+        "seconds": round(seconds, 1),
+        "rows": [row | {"ratio": Row(**row).ratio, "met": Row(**row).met} for row in rows],
+        "checks": checks,
+        "left_out": left_out,
+    }
 
 
-def time_calls(call: Callable[[], Any], repeats: int) -> float:
-    """Returns the median seconds of `call`, result waited for, after two calls that do not count."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        times.append(time.perf_counter() - start)
-    return statistics.median(times[2:])
-
-
-def time_donating(call: Callable[[Any], Any], state: Any, repeats: int) -> tuple[Any, float]:
-    """Like `time_calls` for a call that consumes its state; returns the last state too."""
-    times = []
-    for _ in range(repeats + 2):
-        start = time.perf_counter()
-        state = jax.block_until_ready(call(state))
-        times.append(time.perf_counter() - start)
-    return state, statistics.median(times[2:])
-
-
-def describe(device: Any, sizes: Sizes, tests: dict[str, str], rows: list[Row], seconds: float) -> dict[str, Any]:
+def describe(device: Any, results: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     """Returns the whole result as one JSON object."""
     return {
         "bench": "gpu",
@@ -192,42 +219,42 @@ def describe(device: Any, sizes: Sizes, tests: dict[str, str], rows: list[Row], 
         "kvbm_jax": __version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
-        "sizes": dataclasses.asdict(sizes),
-        "tests": tests,
         "seconds": round(seconds, 1),
-        "rows": [dataclasses.asdict(row) for row in rows],
+        "parts": results,
     }
 
 
-def format_row(row: Row) -> str:
-    """Returns a row as a line of the Markdown table."""
-    speeds = [2 * row.bytes / s / 1e9 for s in (row.seconds, row.baseline_seconds)]
-    return (
-        f"| {row.case} | {row.bytes / 2**20:,.2f} | {row.seconds * 1e6:,.0f} | {speeds[0]:,.1f} | "
-        f"{row.baseline_seconds * 1e6:,.0f} | {speeds[1]:,.1f} | {row.ratio:.2f} |"
-    )
+def row_of(fields: dict[str, Any]) -> Row:
+    """Reads a row of a result."""
+    return Row(**{field.name: fields[field.name] for field in dataclasses.fields(Row)})
 
 
-def write(result: dict[str, Any], out: pathlib.Path, extra: pathlib.Path | None) -> None:
-    """Writes the result as JSON and Markdown, named after the device."""
-    name = re.sub(r"[^a-z0-9]+", "-", result["device"].lower()).strip("-")
+def write(result: dict[str, Any], stem: pathlib.Path, extra: pathlib.Path | None) -> None:
+    """Writes the result as JSON and Markdown."""
     text = json.dumps(result, indent=2) + "\n"
     versions = ", ".join(f"{package} {result[package]}" for package in ("kvbm_jax", "jax", "jaxlib"))
-    head = [
+    lines = [
         f"# {result['device']}",
         "",
         f"{versions}; {result['seconds']} s in all.",
-        f"Tests marked `gpu`: {result['tests']['status']} ({result['tests']['summary']}).",
-        "GB/s count each byte once read and once written. Ratio: 1 is as fast as a copy.",
-        "",
-        "| case | MiB | µs | GB/s | copy µs | copy GB/s | ratio |",
-        "|---|---|---|---|---|---|---|",
+        "GB/s count each byte once read and once written. Ratio: 1 is as fast as the baseline.",
     ]
-    lines = [*head, *(format_row(Row(**row)) for row in result["rows"]), ""]
-    out.mkdir(parents=True, exist_ok=True)
+    for part in result["parts"]:
+        checks = [f"{sum(check['passed'] for check in part['checks'])} of {len(part['checks'])} checks passed"]
+        told_of = [part["status"], *(checks if part["checks"] else []), *([part["note"]] if part["note"] else [])]
+        lines += ["", f"## {part['part']}", "", f"{'; '.join(told_of)}. {part['seconds']} s."]
+        if part["left_out"]:
+            lines += ["", f"For want of time left out: {'; '.join(part['left_out'])}."]
+        if part["rows"]:
+            lines += [
+                "",
+                "| case | MiB | µs | GB/s | baseline | µs | GB/s | ratio | target |",
+                "|---|---|---|---|---|---|---|---|---|",
+                *(format_row(row_of(fields)) for fields in part["rows"]),
+            ]
     for path, content in (
-        (out / f"{name}.json", text),
-        (out / f"{name}.md", "\n".join(lines)),
+        (stem.with_suffix(".json"), text),
+        (stem.with_suffix(".md"), "\n".join([*lines, ""])),
         *(((extra, text),) if extra else ()),
     ):
         path.write_text(content, encoding="utf-8")

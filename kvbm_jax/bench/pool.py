@@ -14,7 +14,7 @@ import dataclasses
 import functools
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -46,18 +46,19 @@ _PERIOD = _LIFE // len(_CROSSINGS)  # steps from one crossing of a sequence to t
 type _Carry = tuple[pool.PoolState, sequences.SequenceBatch]
 
 
-def measure(timing: Timing, num_blocks: int) -> list[Row]:
+def measure(timing: Timing, num_blocks: int, batches: Sequence[int] | None = None) -> list[Row]:
     """Times a step for each B, as a call of its own and inside a scan.
 
     Args:
       timing: how.
       num_blocks: blocks of the pool, enough for the largest B.
+      batches: each B; None for `BATCHES`.
 
     Raises:
       BenchError: The plain pool found or evicted other numbers of blocks.
     """
     rows = []
-    for batch in BATCHES:
+    for batch in BATCHES if batches is None else batches:
         ours, plain = _Ours(num_blocks, batch), _Plain(num_blocks, batch)
         for i in range(trials := _trials_to_fill(num_blocks, batch)):
             timing.progress(f"batch {batch}: filling the pool, {i} of {trials}")
