@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import kvbm_jax
-from kvbm_jax import BlockManager, KvBlockManagerConfig, KVLayout, cache, invariants, pool, sequences
+from kvbm_jax import BlockManager, ElementFormat, KvBlockManagerConfig, KVLayout, cache, invariants, pool, sequences
 from kvbm_jax.sizing import layout_of
 
 pytestmark = pytest.mark.gpu
@@ -73,6 +73,25 @@ def test_store_works_in_place():
     place = tensors.arrays[0].unsafe_buffer_pointer()
     tensors = store(tensors, keys=data, values=data, slots=slots)
     assert tensors.arrays[0].unsafe_buffer_pointer() == place
+
+
+@pytest.mark.parametrize("dtype", ["int8", "float8_e4m3fn"])
+def test_blocks_are_quantised_in_registers_as_in_xla(dtype):
+    layout, ids = KVLayout(2, 64, 16, 8, 128), jnp.array([5, 64, 9, 0], jnp.int32)
+    tier = layout.with_format(ElementFormat(dtype, quantized=True)).staging(4)
+    rng = np.random.default_rng(2)
+    arrays = tuple(jnp.array(rng.standard_normal(layout.array_shape), jnp.bfloat16) for _ in range(2))
+    tensors, found = cache.KVCache(arrays, layout), {}
+    for implementation in ("xla", "mosaic_gpu"):
+        how = {"implementation": implementation, "element_format": tier.element_format}
+        blocks = jax.jit(functools.partial(cache.gather_blocks, **how))(tensors, ids)
+        back = jax.jit(functools.partial(cache.scatter_blocks, **how))(cache.init(layout), ids, blocks)
+        found[implementation] = [np.asarray(array, np.float32) for array in back.arrays]
+    # Quotients may differ in their last bit, and an element then by one step of its row: amax / 127, or an eighth of it.
+    step = 0.06 if dtype == "int8" else 0.6
+    for one, other in zip(*found.values(), strict=True):
+        np.testing.assert_allclose(one, other, atol=step)
+        assert (one != other).mean() < 1e-3
 
 
 def test_a_manager_keeps_its_pool_on_the_cpu_and_its_cache_on_the_gpu():

@@ -28,7 +28,6 @@ __all__ = ["dequantize_layer", "quantize_layer", "refusal", "rows_of_layer"]
 
 _ROWS = 64  # of a tile
 _DIMS = (64, 128)  # whose tiles leave registers to work with, and divide what a block's scales take
-_ROUNDING = np.float32(1.5 * 2**23)  # added and taken off again, it rounds to the nearest whole number, ties to even
 _CONFIG = CopyConfig(tile_bytes=16384, stages=2, blocks_per_core=4)  # 25 KiB of buffers a stage at D = 128
 
 
@@ -184,9 +183,9 @@ def _quantized(rows: Any, dtype: str) -> tuple[Any, Any]:
     one, zero = np.float32(1), np.float32(0)
     inverse = jnp.where(present, one / jnp.where(present, scales, one), zero)
     scaled = jnp.where(_each(present, rows.shape), rows * _each(inverse, rows.shape), zero)
-    scaled = jnp.minimum(jnp.maximum(scaled, -limit), limit)  # also keeps product and sum from being one operation
+    scaled = jnp.minimum(jnp.maximum(scaled, -limit), limit)
     if dtype == "int8":
-        payload = ((scaled + _ROUNDING) - _ROUNDING).astype(jnp.int32).astype(jnp.int8)
+        payload = lax.round(scaled, lax.RoundingMethod.TO_NEAREST_EVEN).astype(jnp.int32).astype(jnp.int8)
     else:
         payload = scaled.astype(dtype)
     return payload, jnp.where(present, scales, jnp.where(finite, zero, np.float32(np.nan)))
