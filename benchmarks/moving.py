@@ -103,7 +103,7 @@ def _timed_cases(*, tiny: bool) -> list[Case]:
     scales: Sequence[Scale] = (TINY,) if tiny else (LARGE, dataclasses.replace(FULL, blocks=32))
     chosen = []
     for i, scale in enumerate(scales):
-        cases = [case for case in all_cases(scale) if case.heads and "stacked" not in case.about]
+        cases = [case for case in all_cases(scale) if case.operation != "advance" and "stacked" not in case.about]
         cases = [case for case in cases if case.about in scale.shapes or "layer_separate" in case.about]
         if i or tiny:
             cases = list({case.operation: case for case in reversed(cases) if _is_first(case, scale)}.values())
