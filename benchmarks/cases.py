@@ -44,6 +44,7 @@ class Case:
       arguments: some, other ones for another seed, u32[]; may be traced.
       donated: numbers of the arguments that are updated in place.
       heads: H, the size of the axes that a mesh may share out among its devices; 0 if there are none.
+      exact: whether all implementations give the same bits; else quotients may differ in their last one.
     """
 
     operation: str
@@ -55,6 +56,7 @@ class Case:
     arguments: Callable[[Any], Arguments]
     donated: tuple[int, ...] = ()
     heads: int = 0
+    exact: bool = True
 
     @property
     def name(self) -> str:
@@ -177,6 +179,7 @@ def _between(shape: str, layout: KVLayout, staging: KVLayout) -> Iterator[Case]:
         "must_move": count * (layout.block_bytes + staging.block_bytes),
         "large_bytes": layer_bytes(layout),
         "heads": 0 if converts else layout.num_kv_heads,
+        "exact": not converts,
     }
     how = {"kind": run, "element_format": staging.element_format}
 

@@ -1,5 +1,6 @@
 import json
 
+import numpy as np
 import pytest
 
 from benchmarks import gpu, moving
@@ -130,6 +131,13 @@ def test_a_clock_that_has_run_out_notes_what_is_left_out():
     assert not clock.allows("x")
     assert clock.left_out == ["x"]
     assert Clock(100).allows("x")
+
+
+def test_one_element_that_differs_is_seen():
+    same = (np.zeros(1000, np.int8), np.ones((4, 5), np.float32))
+    other = (same[0], np.where(np.arange(20).reshape(4, 5) == 7, 2, same[1]))
+    assert moving._difference(same, same) == 0
+    assert moving._difference(same, other) == pytest.approx(1 / 20)
 
 
 def test_targets_are_for_large_moves_of_long_rows_by_a_kernel():
