@@ -87,7 +87,7 @@ def test_blocks_are_quantised_in_registers_as_in_xla(dtype):
         blocks = jax.jit(functools.partial(cache.gather_blocks, **how))(tensors, ids)
         back = jax.jit(functools.partial(cache.scatter_blocks, **how))(cache.init(layout), ids, blocks)
         found[implementation] = [np.asarray(array, np.float32) for array in back.arrays]
-    # Quotients may differ in their last bit, and an element then by one step: amax / 127 of its row, or an eighth of it.
+    # Quotients may differ in their last bit, and an element then by one step: amax / 127 of its row, or an eighth.
     step = 0.06 if dtype == "int8" else 0.6
     for one, other in zip(*found.values(), strict=True):
         np.testing.assert_allclose(one, other, atol=step)
