@@ -16,8 +16,7 @@ Integers in bulk are written in their widest form, each behind its type byte, so
 messages arrays, by copies of memory. Other writers' shortest forms are read as well.
 """
 
-import math
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -51,9 +50,12 @@ _LOW_64 = 2**64 - 1
 _UINT32, _UINT64 = b"\xce", b"\xcf"  # MessagePack's type bytes
 _FEW = 8  # hashes, and below tokens, up to which lists are faster than arrays
 _FEW_TOKENS = 64
-_SHORT = 100  # bytes up to which the same holds for reading
+_SHORT = 100  # bytes of an array up to which the same holds for reading
+_SHORT_MESSAGE = 512  # bytes
 
 type _Hash = int | bytes
+type _Hashes = list[_Hash] | msgspec.Raw  # as they are, or unread
+type _Tokens = list[int] | msgspec.Raw
 
 
 class _OfGroup(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -62,18 +64,18 @@ class _OfGroup(msgspec.Struct, frozen=True, gc=False, kw_only=True):
     group_idx: int | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class _Stored(_OfGroup, tag_field="type", tag="BlockStored", frozen=True, gc=False):
-    block_hashes: msgspec.Raw
+class _Stored[H: _Hashes, T: _Tokens](_OfGroup, tag_field="type", tag="BlockStored", frozen=True, gc=False):
+    block_hashes: H
     parent_block_hash: _Hash | None
-    token_ids: msgspec.Raw
+    token_ids: T
     block_size: int
     lora_id: int | None = None
     medium: str | None = None
     lora_name: str | None = None
 
 
-class _Removed(_OfGroup, tag_field="type", tag="BlockRemoved", frozen=True, gc=False):
-    block_hashes: msgspec.Raw
+class _Removed[H: _Hashes](_OfGroup, tag_field="type", tag="BlockRemoved", frozen=True, gc=False):
+    block_hashes: H
     medium: str | None = None
 
 
@@ -81,19 +83,19 @@ class _Cleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", frozen=
     medium: str | msgspec.UnsetType | None = msgspec.UNSET
 
 
-class _Batch(msgspec.Struct, array_like=True, frozen=True, gc=False):
+class _Batch[H: _Hashes, T: _Tokens](msgspec.Struct, array_like=True, frozen=True, gc=False):
     ts: float
-    events: list[_Stored | _Removed | _Cleared]
+    events: list[_Stored[H, T] | _Removed[H] | _Cleared]
     dp_rank: int | None = None
 
 
-class _StoredArray(_Stored, tag="BlockStored", array_like=True, frozen=True, gc=False):
+class _StoredArray(_Stored[msgspec.Raw, msgspec.Raw], tag="BlockStored", array_like=True, frozen=True, gc=False):
     """The older form."""
 
     extra_keys: Any = None
 
 
-class _RemovedArray(_Removed, tag="BlockRemoved", array_like=True, frozen=True, gc=False):
+class _RemovedArray(_Removed[msgspec.Raw], tag="BlockRemoved", array_like=True, frozen=True, gc=False):
     """The older form."""
 
 
@@ -107,13 +109,15 @@ class _ArrayBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     dp_rank: int | None = None
 
 
-type _Told = _Stored | _Removed | _Cleared
-type _Message = _Batch | _ArrayBatch
+type _Told = _Stored[Any, Any] | _Removed[Any] | _Cleared
+type _Message = _Batch[Any, Any] | _ArrayBatch
 
 _ENCODER = msgspec.msgpack.Encoder()
-_DECODER = msgspec.msgpack.Decoder(_Batch)
+_TokenList = list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]]
+_DECODER = msgspec.msgpack.Decoder(_Batch[msgspec.Raw, msgspec.Raw])
+_SHORT_DECODER = msgspec.msgpack.Decoder(_Batch[list[int | bytes], _TokenList])
 _ARRAY_DECODER = msgspec.msgpack.Decoder(_ArrayBatch)
-_TOKENS = msgspec.msgpack.Decoder(list[Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]])
+_TOKENS = msgspec.msgpack.Decoder(_TokenList)
 _HASHES = msgspec.msgpack.Decoder(list[int | bytes])
 
 
@@ -150,13 +154,13 @@ class EngineCodec:
         """Returns the batches of a payload: one, or as many as its blocks have sizes."""
         message: _Message
         try:
-            message = _DECODER.decode(data)
+            message = (_SHORT_DECODER if len(data) <= _SHORT_MESSAGE else _DECODER).decode(data)
         except msgspec.ValidationError as error:
             try:
                 message = _ARRAY_DECODER.decode(data)
             except msgspec.ValidationError:
                 raise error from None  # what is wrong with the newer form says more
-        if not (math.isfinite(message.ts) and 0 <= message.ts < 2**64 / 1e9):
+        if not 0 <= message.ts < 2**64 / 1e9:
             raise EventDecodeError(f"the time of the message is {message.ts} s; it must be a Unix time")
         dp_rank = message.dp_rank or 0
         if not 0 <= dp_rank < 2**32:
@@ -171,14 +175,13 @@ class EngineCodec:
         return rows.batches()
 
 
-def _one_block(shared: Shared) -> _Stored:
+def _one_block(shared: Shared) -> _Stored[Any, Any]:
     """The event of a batch of one block, the shortest way."""
     block = _first_64(shared.sequence_hashes)
     if not block:
         raise LayoutError(_NAMELESS.format(0))
-    listed: Any = [block]  # which the encoder takes as it takes a Raw
     return _Stored(
-        listed,
+        [block],
         _first_64(shared.parent_hashes) or None,
         _integers(shared.token_ids),
         shared.block_size,
@@ -197,7 +200,7 @@ def _say(events: list[_Told], batch: KvEventBatch, run: Run) -> None:
         events.append(_Cleared() if medium is None else _Cleared(medium))
         return
     hashes = np.ascontiguousarray(batch.sequence_hashes[run.start : run.stop], "<u4").view("<u8")[:, 0]
-    if not hashes.all():
+    if np.count_nonzero(hashes) < len(hashes):
         raise LayoutError(_NAMELESS.format(run.start + int(hashes.argmin())))
     listed: Any = hashes.tolist() if len(hashes) <= _FEW else _wide(hashes, _UINT64)
     if run.stores:
@@ -219,8 +222,9 @@ def _first_64(hashes: NDArray[np.uint32] | bytes | None) -> int:
     """The first 64 bits of the first of some hashes; 0 for none."""
     if hashes is None:
         return 0
-    data = hashes if isinstance(hashes, bytes) else hashes.astype("<u4", copy=False).tobytes()
-    return int.from_bytes(data[:8], "little")
+    if isinstance(hashes, bytes):
+        return int.from_bytes(hashes[:8], "little")
+    return hashes.item(0) | hashes.item(1) << 32
 
 
 def _integers(tokens: NDArray[np.uint32] | list[int]) -> Any:
@@ -259,16 +263,20 @@ def _read_wide(raw: msgspec.Raw, type_byte: bytes) -> NDArray[Any] | None:
     return wide["value"] if (wide["type"] == type_byte[0]).all() else None
 
 
-def _read_tokens(raw: msgspec.Raw) -> NDArray[np.uint32] | list[int]:
+def _read_tokens(raw: _Tokens) -> NDArray[np.uint32] | list[int]:
     """Tokens of an event: a list if they are few."""
+    if isinstance(raw, list):
+        return raw
     if len(memoryview(raw)) > _SHORT and (wide := _read_wide(raw, _UINT32)) is not None:
         return wide.astype(np.uint32)
     values = _TOKENS.decode(raw)
     return values if len(values) <= _FEW_TOKENS else np.array(values, np.uint32)
 
 
-def _read_hashes(raw: msgspec.Raw) -> bytes:
+def _read_hashes(raw: _Hashes) -> bytes:
     """Hashes of the integers or bytes of an event, 16 bytes each."""
+    if isinstance(raw, list):
+        return _hash_bytes(raw[0]) if len(raw) == 1 else b"".join(map(_hash_bytes, raw))
     if len(memoryview(raw)) > _SHORT and (wide := _read_wide(raw, _UINT64)) is not None:
         words = np.zeros((len(wide), 2), "<u8")
         words[:, 0] = wide
@@ -295,32 +303,23 @@ def _tier(medium: str | msgspec.UnsetType | None) -> int:
     return _TIERS[medium.upper()]
 
 
-class _Read(NamedTuple):
-    """What a BlockStored says."""
-
-    num_blocks: int
-    hashes: bytes
-    parents: bytes
-    tokens_each: int
-    tokens: NDArray[np.uint32] | list[int]
-
-
-def _read_stored(event: _Stored) -> _Read:
+def _read_stored(event: _Stored[Any, Any]) -> tuple[int, bytes, bytes, int, NDArray[np.uint32] | list[int]]:
+    """Returns what a BlockStored says: how many blocks, hashes, parents, tokens of each, and all tokens."""
     hashes, tokens = _read_hashes(event.block_hashes), _read_tokens(event.token_ids)
     size, count = event.block_size, len(hashes) // _HASH_BYTES
     if not 0 < size < 2**32 or (tokens_given := len(tokens)) not in {0, count * size}:
         raise EventDecodeError(f"{len(tokens)} tokens for {count} blocks of {size}")
     parent = _NO_HASH if event.parent_block_hash is None else _hash_bytes(event.parent_block_hash)
     parents = parent if count == 1 else (parent + hashes)[: len(hashes)]
-    return _Read(count, hashes, parents, size if tokens_given else 0, tokens)
+    return count, hashes, parents, size if tokens_given else 0, tokens
 
 
-def _lora_name(event: _Stored) -> str | None:
+def _lora_name(event: _Stored[Any, Any]) -> str | None:
     return event.lora_name or (None if event.lora_id is None else str(event.lora_id))
 
 
 def _one_stored(
-    event: _Stored, worker_id: str, timestamp: int, dp_rank: int, first_event_id: int
+    event: _Stored[Any, Any], worker_id: str, timestamp: int, dp_rank: int, first_event_id: int
 ) -> KvEventBatch | None:
     """The batch of a message of one BlockStored, the most usual; None if it stores nothing."""
     count, hashes, parents, each, tokens = _read_stored(event)
@@ -381,7 +380,7 @@ class _Rows:
                 tier = _tier(event.medium) if isinstance(event.medium, str) else 0
                 self._add(_CLEARED, tier, None, _NO_HASH, _NO_HASH)  # one event, of no block
 
-    def _add_stored(self, event: _Stored) -> None:
+    def _add_stored(self, event: _Stored[Any, Any]) -> None:
         _, hashes, parents, each, tokens = _read_stored(event)
         if self._block_size not in {0, event.block_size}:
             self._end()

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -48,7 +49,8 @@ def _part_of_shared(shared: Shared, start: int, stop: int) -> Shared:
         return None if hashes is None else hashes[start:stop]
 
     each = shared.tokens_each
-    return shared._replace(
+    return msgspec.structs.replace(
+        shared,
         first_event_id=shared.first_event_id + start,
         block_ids=None if shared.block_ids is None else shared.block_ids[start:stop],
         sequence_hashes=part(shared.sequence_hashes),

@@ -87,7 +87,7 @@ class EventPublisher:
             self._sink.publish(
                 KvEventBatch.make(
                     event_type,
-                    np.asarray(block_ids),
+                    np.asarray(block_ids, np.uint64),
                     worker_id=self._worker_id,
                     block_size=self.block_size,
                     first_event_id=self._number(len(keys)),

@@ -17,11 +17,13 @@ event of a worker, so a consumer that sees a jump knows what it missed.
 Axis legend: `E` events of a batch, `K` token ids of all its events together.
 """
 
+import array
 import enum
+import itertools
 import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import msgspec
 import numpy as np
@@ -82,7 +84,7 @@ class KvEvent(msgspec.Struct, frozen=True):
     schema_version: int = SCHEMA_VERSION
 
 
-class Shared(NamedTuple):
+class Shared(msgspec.Struct, frozen=True, gc=False):
     """A batch whose events have in common all that they can; what `KvEventBatch.of_shared` makes one of."""
 
     event_type: EventType
@@ -203,15 +205,19 @@ class KvEventBatch:
             raise LayoutError(f"block_ids must be one-dimensional; they have shape {list(blocks.shape)}")
         count = len(blocks)
         tokens_each, tokens = _equal_rows(token_ids, count)
+        if isinstance(group_idx, list) and group_idx and group_idx.count(group_idx[0]) == count:
+            group_idx = group_idx[0]
+        one_name = not lora_names or lora_names.count(lora_names[0]) == len(lora_names) == count
         if (
             tokens_each >= 0
+            and one_name
             and type(group_idx) is type(timestamp) is type(first_event_id) is int
             and isinstance(event_type, EventType)
             and 0 <= group_idx < _END_32
             and 0 <= timestamp < _END_64
             and 0 <= first_event_id <= _END_64 - count
             and from_tier is None
-            and not (lora_names or to_workers or metadata)
+            and not (to_workers or metadata)
         ):
             _check_hashes("sequence_hashes", sequence_hashes, count)
             _check_hashes("parent_hashes", parent_hashes, count)
@@ -231,7 +237,7 @@ class KvEventBatch:
                     parent_hashes,
                     tokens_each,
                     tokens,
-                    None,
+                    lora_names[0] if lora_names else None,
                     count,
                 )
             )
@@ -428,12 +434,20 @@ def _check_hashes(name: str, hashes: NDArray[np.uint32] | None, count: int) -> N
 
 
 def _equal_rows(rows: Any, count: int) -> tuple[int, NDArray[np.uint32]]:
-    """Tokens that each of `count` rows has, and all of them; -1 if the rows are not an array of tokens, or none."""
+    """Tokens that each of `count` rows has, and all of them; -1 if rows are not equally long, or not of tokens."""
     if rows is None:
         return 0, _NO_TOKENS
-    if isinstance(rows, np.ndarray) and rows.ndim == 2 and rows.dtype == _UINT32 and len(rows) == count:
-        return rows.shape[1], rows.reshape(-1)
-    return -1, _NO_TOKENS
+    if isinstance(rows, np.ndarray):
+        alike = rows.ndim == 2 and rows.dtype == _UINT32 and len(rows) == count
+        return (rows.shape[1], rows.reshape(-1)) if alike else (-1, _NO_TOKENS)
+    lengths = set(map(len, rows))
+    if len(rows) != count or len(lengths) != 1:
+        return -1, _NO_TOKENS
+    try:
+        tokens = array.array("I", itertools.chain.from_iterable(rows))
+    except (TypeError, OverflowError):  # the general way says what is wrong
+        return -1, _NO_TOKENS
+    return lengths.pop(), np.array(tokens, np.uint32)
 
 
 def _ragged(rows: Any, count: int) -> tuple[NDArray[np.int64], NDArray[np.uint32]]:

@@ -138,25 +138,28 @@ class _Reader:
         try:
             for _ in range(_CHUNK):
                 receive(now)
-                sequence, payload = receive(now), receive(now)
-                if self._sub.getsockopt(zmq.RCVMORE):  # of another program, as what is not of three parts
+                head, payload = receive(now), receive(now)
+                sequence = int.from_bytes(head, "big")
+                if sequence == self._next and sequence > self._newest and len(head) == SEQUENCE.size:
+                    self._newest = sequence
+                    self._deliver(sequence, payload)
+                elif self._sub.getsockopt(zmq.RCVMORE):  # of another program, as what is not of three parts
                     while self._sub.getsockopt(zmq.RCVMORE):
                         receive(now)
-                elif len(sequence) == SEQUENCE.size:
-                    self._take(int.from_bytes(sequence, "big"), payload)
+                elif len(head) == SEQUENCE.size:
+                    self._take(sequence, payload)
         except zmq.Again:
             pass  # nothing more is waiting
         self._hand_on()
 
     def _take(self, sequence: int, payload: bytes) -> None:
-        """Takes the next message of the SUB socket."""
-        if sequence != self._next or sequence <= self._newest:
-            if sequence <= self._newest:
-                self._begin()  # the worker was restarted and counts anew
-            elif self._next is None or sequence > self._next:
-                self._catch_up()
-            if self._next is None or sequence > self._next:
-                self._skip_to(sequence)
+        """Takes a message of the SUB socket that is not the one expected."""
+        if sequence <= self._newest:
+            self._begin()  # the worker was restarted and counts anew
+        elif self._next is None or sequence > self._next:
+            self._catch_up()
+        if self._next is None or sequence > self._next:
+            self._skip_to(sequence)
         self._newest = sequence
         if sequence == self._next:
             self._deliver(sequence, payload)
@@ -244,10 +247,10 @@ class _Reader:
             return
         for batch in batches:
             self._next_event_id += len(batch)
-            self._push(batch)
+        self._push(*batches)
 
-    def _push(self, item: StreamItem) -> None:
-        self._waiting.append(item)
+    def _push(self, *items: StreamItem) -> None:
+        self._waiting += items
         if len(self._waiting) >= _CHUNK:
             self._hand_on()
 

@@ -8,12 +8,21 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.events import SCHEMA_VERSION, EventType, KvEvent, KvEventBatch, parts
+from kvbm_jax.events import (
+    SCHEMA_VERSION,
+    EventPublisher,
+    EventType,
+    KvEvent,
+    KvEventBatch,
+    RecordingEventSink,
+    parts,
+)
 from kvbm_jax.hashing import hash_sequence
-from kvbm_jax.protocols import Clock, Tier
+from kvbm_jax.protocols import BlockKey, BlockRecord, Clock, Tier
 
 pytestmark = pytest.mark.core
 
+ROWS = np.arange(1, 17, dtype=np.uint32).reshape(4, 4)
 WORKER = {"worker_id": "w", "block_size": 4, "first_event_id": 10, "timestamp": 99}
 
 
@@ -45,6 +54,46 @@ def test_parts_of_a_batch_are_its_rows_within_bounds(count, most_events, most_to
         assert 1 <= len(part) <= most_events
         assert len(part) == 1 or len(part.token_ids) <= most_tokens
     assert (whole.shared is None) == any(part.shared is None for part in found)
+
+
+@given(st.lists(st.lists(st.integers(0, 2**32 - 1), max_size=3), min_size=1, max_size=4), st.booleans(), st.booleans())
+def test_what_all_events_have_alike_is_found_in_lists_too(tokens, one_group, one_name):
+    count = len(tokens)
+    lists = {
+        "token_ids": [tuple(row) for row in tokens],
+        "group_idx": [7] * count if one_group else list(range(count)),
+        "lora_names": ["l"] * count if one_name else [str(i) for i in range(count)],
+    }
+    batch = KvEventBatch.make(EventType.CREATED, list(range(count)), sequence_hashes=ROWS[:count], **lists, **WORKER)
+    assert [row.token_ids for row in batch] == lists["token_ids"]
+    assert [row.group_idx for row in batch] == lists["group_idx"]
+    assert [row.lora_name for row in batch] == lists["lora_names"]
+    columns = [[len(row) for row in tokens], lists["group_idx"], lists["lora_names"]]
+    assert (batch.shared is not None) == all(column.count(column[0]) == count for column in columns)
+
+
+@pytest.mark.parametrize("tokens", [[(1.5,)], [(-1,)], [(2**32,)], [("a",)], [(1,), (2,)]])
+def test_tokens_that_are_none_are_refused_however_they_come(tokens):
+    with pytest.raises(LayoutError, match="token_ids"):
+        KvEventBatch.make(EventType.CREATED, [0], token_ids=tokens, **WORKER)
+
+
+def test_what_a_manager_tells_is_what_its_events_share():
+    sink = RecordingEventSink()
+    publisher = EventPublisher(sink, worker_id="w", block_size=4, clock=time)
+    records = [
+        BlockRecord(BlockKey(bytes([i + 1] * 16)), bytes([i] * 16) if i else None, (1, 2, 3, i)) for i in range(3)
+    ]
+    publisher.created(Tier.G1, np.arange(3, dtype=np.int32), records)
+    publisher.deleted(Tier.G1, [4], [records[0].key])
+    publisher.cleared(None)
+    assert all(batch.shared is not None for batch in sink.batches)
+    told = [(e.event_type.value, e.block_id, e.sequence_hash, e.parent_hash, e.token_ids, e.tier) for e in sink.events]
+    assert told == [
+        *(("created", i, r.key.sequence_hash, r.parent_hash, r.token_ids, Tier.G1) for i, r in enumerate(records)),
+        ("deleted", 4, records[0].key.sequence_hash, None, (), Tier.G1),
+        ("cleared", 0, None, None, (), None),
+    ]
 
 
 def test_a_batch_within_bounds_is_its_only_part():
