@@ -88,6 +88,7 @@ def test_replay_by_a_policy(capsys, trace):
     assert found["hits"]["g1"] == 5
 
 
+@pytest.mark.long
 def test_replay_compares_policies_over_sizes(capsys, trace, tmp_path):
     picture = tmp_path / "hits.svg"
     arguments = ("replay", str(trace), "--num-blocks", "3,8", "--compare", "lru,tiny_lfu,lru", "--plot", str(picture))

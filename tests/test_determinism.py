@@ -34,6 +34,7 @@ def run(name, *arguments, count=1, **environment):
     return [json.loads(out.splitlines()[-1]) for out, _ in told]
 
 
+@pytest.mark.long
 @pytest.mark.core
 def test_replicas_on_eight_devices_equal_one_device():
     [found] = run("replicas.py", XLA_FLAGS="--xla_force_host_platform_device_count=8")

@@ -195,6 +195,7 @@ class PoolTwin:
         assert self.book.inactive_blocks().tolist() == list(self.twin.pool.inactive)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     ("name", "sizes"),
     [("priority", (9,)), *(pytest.param(name, (20, 9, 12, 9, 20), marks=LONG) for name in TWINS)],

@@ -308,6 +308,7 @@ def check(count: int, seed: int) -> None:
     assert int(world.state.inactive.tail) < BEFORE_WRAP  # the stamps have wrapped
 
 
+@pytest.mark.long
 def test_no_law_is_broken():
     check(10_000, 0)
 

@@ -182,6 +182,7 @@ def test_ids_use_all_64_bits():
     check([[top, low], [top, high], [0], [top, low], [low, top]], 60)
 
 
+@pytest.mark.long
 @pytest.mark.core
 def test_hits_without_evictions_fill_the_queue_with_holes_over_and_over():
     # 900 blocks stay at the head of the queue while 30 others are hit again and again; nothing ever moves the head.

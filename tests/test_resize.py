@@ -150,6 +150,7 @@ class Twin:
             assert int(found.block_ids[0, 0]) == expected[0]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(6))
 def test_equals_the_oracle_in_random_traces(seed):
     twin = Twin(9, seed)

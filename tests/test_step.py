@@ -352,6 +352,7 @@ def test_a_scan_of_steps_is_one_after_the_other(windows):
     assert observed(*after) == observed(*ended)
 
 
+@pytest.mark.long
 def test_vmap_over_pools_is_each_pool_by_itself():
     begun, _, made = plans(12)
     first, _ = jax.lax.scan(one_step, begun, stacked(made[:6]))

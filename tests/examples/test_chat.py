@@ -21,6 +21,7 @@ from kvbm_jax.replay import replay
 DOCUMENT = pathlib.Path(__file__).parents[2] / "docs" / "metrics.md"
 
 
+@pytest.mark.long
 def test_one_prompt_as_json(capsys, tokenizer):
     arguments = ["--prompt", "The capital of France is", "--raw", "--max-tokens", "4", "--ignore-eos", "--json"]
     assert chat.main([*arguments, "--num-blocks", "8"]) == 0

@@ -34,6 +34,7 @@ def settle(engine):
     assert mover.wait_idle(60)
 
 
+@pytest.mark.long
 def test_answers_are_equal_from_every_tier_and_after_a_restart(model, ids, tmp_path):
     """Ten prompts in turn through a pool that holds one of them."""
     prompts = [ids[first : first + 100] for first in range(0, 1000, 100)]

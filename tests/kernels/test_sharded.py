@@ -34,6 +34,7 @@ def check(found):
     assert ways == {"jit", "explicit", "shard_map, True", "shard_map, False", "kernel", "kernel, explicit"}
 
 
+@pytest.mark.long
 def test_heads_stay_on_their_devices():
     check(run("some"))
 
