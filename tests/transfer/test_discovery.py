@@ -116,6 +116,8 @@ def test_a_process_that_is_killed_is_forgotten_and_the_living_are_not(open_one, 
         kept = reader.workers().keys()
         assert kept == {"dies", "lives"}
         clock.ahead = TTL + 1
+        assert eventually(lambda: "lives" in reader.workers())  # by now the last that the dead one wrote is seen too
+        clock.ahead += TTL + 1
         assert eventually(lambda: reader.workers().keys() == {"lives"})
 
 
