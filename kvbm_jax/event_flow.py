@@ -57,7 +57,7 @@ class EventFlow(Closing):
     """
 
     def __init__(self, config: KvBlockManagerConfig, *, metrics: MetricsSink, clock: Clock) -> None:
-        self._bus = EventBus(metrics=metrics)
+        self._bus = EventBus(config.worker_id, metrics=metrics)
         self._opened = contextlib.ExitStack()
         with contextlib.ExitStack() as opening:
             opening.callback(self._bus.close)
@@ -72,9 +72,9 @@ class EventFlow(Closing):
             self._opened = opening.pop_all()
         self.sink = sink
 
-    def subscribe(self) -> Subscription:
-        """Returns a subscription, within this process, to what is told from now on."""
-        return self._bus.subscribe()
+    def subscribe(self, *, snapshot: bool = False) -> Subscription:
+        """Returns a subscription, within this process, to what is told from now on, after what stands now if asked."""
+        return self._bus.subscribe(snapshot=snapshot)
 
     def close(self) -> None:
         """Delivers what has been published, and ends. Idempotent."""

@@ -626,12 +626,16 @@ class BlockManager:
         """
         self._publisher.publish(event)
 
-    def subscribe_events(self) -> Subscription:
+    def subscribe_events(self, *, snapshot: bool = False) -> Subscription:
         """Returns a subscription to all events from now on, to be iterated in any thread, or asynchronously.
 
         What is told is what `consolidate` of the configuration says; the same goes to the transport that it names.
+
+        Args:
+          snapshot: begin with a `WorkerSnapshot` of what there is now, what the disk tier brought from an earlier life
+            included; the stream follows it without a hole.
         """
-        return self._events.subscribe()
+        return self._events.subscribe(snapshot=snapshot)
 
     @_in_turn
     def stats(self) -> BlockCounts:

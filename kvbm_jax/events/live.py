@@ -20,7 +20,8 @@ from kvbm_jax.events.snapshot import WorkerSnapshot
 __all__ = ["LiveBlocks"]
 
 _CREATED, _DELETED, _MIGRATED, _CLEARED = (kind.code for kind in EventType)
-_KEY = np.dtype([("hash", "V16"), ("group_idx", "<u4"), ("tier", "u1")])
+_KEY = np.dtype([("hash", "V16"), ("dp_rank", "<u4"), ("group_idx", "<u4"), ("tier", "u1")])
+_RANK = slice(16, 20)  # of a key
 _NO_HASH = bytes(16)
 _SLACK = 65_536  # rows that need not be packed, whatever becomes of them
 _LONGEST = 1024  # rows of a snapshot's batch
@@ -92,7 +93,7 @@ class LiveBlocks:
         """Applies rows of one type; returns whether any of them has to be kept."""
         if kind == _CLEARED:
             for tier in set(batch.tiers[start:stop].tolist()):
-                self._clear(tier)
+                self._clear(batch.dp_rank, tier)
             return False
         positions = range(self._rows + start, self._rows + stop)
         keys = _keys(batch, batch.tiers, start, stop)
@@ -110,10 +111,9 @@ class LiveBlocks:
                 keeps = True
         return keeps
 
-    def _clear(self, tier: int) -> None:
-        if tier == 0:
-            self._positions.clear()
-        for key in [key for key in self._positions if key[-1] == tier]:
+    def _clear(self, dp_rank: int, tier: int) -> None:
+        rank = dp_rank.to_bytes(4, "little")
+        for key in [key for key in self._positions if key[_RANK] == rank and tier in {0, key[-1]}]:
             del self._positions[key]
 
     def _pack(self) -> None:
@@ -139,24 +139,25 @@ class LiveBlocks:
             self._rows += len(batch)
 
 
-def _plain(batch: KvEventBatch) -> tuple[int, int] | None:
-    """Group and tier of a batch whose events all create blocks in one tier and group, and say that they do."""
+def _plain(batch: KvEventBatch) -> tuple[int, int, int] | None:
+    """Rank, group and tier of a batch whose events all create blocks in one tier and group, and say that they do."""
     shared = batch.shared
     if shared is None or shared.event_type is not EventType.CREATED or not len(batch):
         return None
-    return shared.group_idx, shared.tier
+    return shared.dp_rank, shared.group_idx, shared.tier
 
 
 def _keys(batch: KvEventBatch, tiers: NDArray[np.uint8], start: int, stop: int) -> list[bytes]:
-    return _names(batch.sequence_hashes[start:stop], batch.group_idx[start:stop], tiers[start:stop])
+    return _names(batch.sequence_hashes[start:stop], batch.dp_rank, batch.group_idx[start:stop], tiers[start:stop])
 
 
 def _names(
-    hashes: NDArray[np.uint32], group_idx: NDArray[np.uint32] | int, tiers: NDArray[np.uint8] | int
+    hashes: NDArray[np.uint32], dp_rank: int, group_idx: NDArray[np.uint32] | int, tiers: NDArray[np.uint8] | int
 ) -> list[bytes]:
-    """What names the claims of rows: hash, group and tier."""
+    """What names the claims of rows: hash, rank, group and tier."""
     keys = np.empty(len(hashes), _KEY)
     keys["hash"] = np.ascontiguousarray(hashes, "<u4").view("V16")[:, 0]
+    keys["dp_rank"] = dp_rank
     keys["group_idx"] = group_idx
     keys["tier"] = tiers
     names: list[bytes] = keys.view(f"V{_KEY.itemsize}").tolist()

@@ -148,6 +148,15 @@ class Subscription(Closing):
             self._wake()
         return dropped
 
+    def begin_with(self, item: StreamItem) -> None:
+        """Puts an item before all others, and beyond the bound; for who makes a subscription."""
+        with self._condition:
+            if self._lost_batches:  # of what came after the item
+                self._items.appendleft(EventGap(self._lost_batches, self._lost_events))
+                self._lost_batches = self._lost_events = 0
+            self._items.appendleft(item)
+            self._wake()
+
     def push(self, item: StreamItem, timeout: float | None = None) -> bool:
         """Appends an item once there is room; returns whether that was in time, and the reader still there."""
         with self._condition:

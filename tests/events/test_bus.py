@@ -1,8 +1,10 @@
 import asyncio
+import random
 import sys
 import threading
 
 import pytest
+from event_batches import View, chain, random_life
 
 from kvbm_jax.errors import BlockStateError, ConfigError
 from kvbm_jax.events import (
@@ -12,7 +14,9 @@ from kvbm_jax.events import (
     KvEventBatch,
     NullEventSink,
     RecordingEventSink,
+    WorkerSnapshot,
 )
+from kvbm_jax.events import bus as bus_module
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.protocols import EventSink
 
@@ -54,6 +58,54 @@ def test_a_subscriber_sees_what_comes_after_it():
     assert reader.drain() == []
     assert reader.poll() is None
     assert not reader.ended
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_who_joins_late_gets_what_stands_and_then_the_stream(seed, monkeypatch):
+    monkeypatch.setattr(bus_module, "_UNFOLDED", 7)
+    rng, bus, views = random.Random(seed), EventBus("w-1"), []
+    for told, standing in random_life(rng):
+        bus.publish(told)
+        if rng.random() < 0.2:
+            views.append((View(), bus.subscribe(snapshot=True)))
+        for view, subscription in views:
+            for item in subscription.drain():
+                view.apply(item)
+            assert view.claims == standing
+    assert {view.snapshots for view, _ in views} == {1}
+    assert not any(view.gaps for view, _ in views)
+
+
+def test_joining_late_makes_no_hole_while_others_publish():
+    bus, views, begun = EventBus("w-1"), [], threading.Event()
+
+    def publish():
+        for i in range(3000):
+            bus.publish(chain(1, first_event_id=i, seed=i % 50))
+            begun.set()
+
+    thread = threading.Thread(target=publish)
+    thread.start()
+    begun.wait(60)
+    for _ in range(8):
+        views.append((View(), bus.subscribe(snapshot=True, capacity=5000)))
+    thread.join()
+    bus.close()
+    for view, subscription in views:
+        first, *rest = subscription
+        assert [i for batch in rest for i in batch.event_ids] == list(range(first.next_event_id, 3000))
+        for item in (first, *rest):
+            view.apply(item)
+        assert len(view.claims) == 50
+
+
+def test_what_was_lost_meanwhile_stands_after_the_snapshot():
+    bus = EventBus("w-1")
+    subscription = bus.subscribe(capacity=2)
+    for i in range(4):
+        bus.publish(batch(i))
+    subscription.begin_with(WorkerSnapshot("w-1", 0, 0, ()))
+    assert [type(item) for item in subscription.drain()] == [WorkerSnapshot, EventGap, KvEventBatch, KvEventBatch]
 
 
 def test_overflow_drops_the_oldest_and_marks_the_gap_where_it_is():

@@ -1,5 +1,6 @@
 import random
 
+import msgspec
 import numpy as np
 import pytest
 from event_batches import View, chain, random_life
@@ -27,6 +28,18 @@ def test_a_snapshot_is_what_the_events_leave(seed, monkeypatch):
             snapshot = blocks.snapshot(5)
             assert claims(snapshot) == standing
             assert (snapshot.next_event_id, snapshot.timestamp) == (batch.event_ids[-1] + 1, 5)
+
+
+def test_ranks_hold_and_clear_each_for_itself():
+    blocks = LiveBlocks("w-1")
+    for rank in range(2):
+        for event in list(chain(3)):
+            blocks.apply(KvEventBatch.from_events([msgspec.structs.replace(event, dp_rank=rank)]))
+    gone = KvEvent(EventType.DELETED, 0, "w-1", 0, dp_rank=1, sequence_hash=chain(1)[0].sequence_hash, tier=Tier.G1)
+    for event, left in ((gone, [3, 2]), (KvEvent(EventType.CLEARED, 0, "w-1", 0), [0, 2])):
+        blocks.apply(KvEventBatch.from_events([event]))
+        ranks = [row.dp_rank for batch in blocks.snapshot(0).batches for row in batch]
+        assert [ranks.count(rank) for rank in range(2)] == left
 
 
 def test_rows_keep_what_was_told_of_them():
