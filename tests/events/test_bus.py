@@ -77,7 +77,7 @@ def test_who_joins_late_gets_what_stands_and_then_the_stream(seed, monkeypatch):
 
 
 def test_joining_late_makes_no_hole_while_others_publish():
-    bus, views, begun = EventBus("w-1"), [], threading.Event()
+    bus, begun = EventBus("w-1"), threading.Event()
 
     def publish():
         for i in range(3000):
@@ -87,8 +87,7 @@ def test_joining_late_makes_no_hole_while_others_publish():
     thread = threading.Thread(target=publish)
     thread.start()
     begun.wait(60)
-    for _ in range(8):
-        views.append((View(), bus.subscribe(snapshot=True, capacity=5000)))
+    views = [(View(), bus.subscribe(snapshot=True, capacity=5000)) for _ in range(8)]
     thread.join()
     bus.close()
     for view, subscription in views:

@@ -5,7 +5,7 @@ import time
 import numpy as np
 import pytest
 from event_transports import free_ports, nats_subscription, zmq_publisher
-from tiered import HOST, SIZE, make, prompt, serve, settle
+from tiered import HOST, SIZE, disk, make, prompt, serve, settle
 
 from kvbm_jax.closing import Closing
 from kvbm_jax.errors import ConfigError, TransportError
@@ -135,11 +135,23 @@ def test_an_engine_that_is_restarted_begins_anew_and_ranks_are_apart():
         with Engine(**ends) as first:
             first.stores(prompt(0, 3))
             here.until(prompt(0, 3), {("0", 0): {Tier.G1: 3}, ("0", 1): {Tier.G1: 1}})
+            late = Router(manager.subscribe_events(snapshot=True))
+            late.until(prompt(0, 3), {("0", 0): {Tier.G1: 3}, ("0", 1): {Tier.G1: 1}})
         with Engine(**ends) as second:
             second.stores(prompt(70, 1))
             here.until(prompt(70, 1), {("0", 0): {Tier.G1: 1}})
         assert here.found(prompt(0, 3)) == {("0", 1): {Tier.G1: 1}}
     other.close()
+
+
+def test_a_router_in_this_process_knows_what_lies_on_disk_from_an_earlier_life(tmp_path):
+    with make(**disk(tmp_path)) as manager:
+        serve(manager, prompt(0, 2))
+    with make(**disk(tmp_path)) as manager:
+        router = Router(manager.subscribe_events(snapshot=True))
+        router.until(prompt(0, 2), {("0", 0): {Tier.G3: 2}})
+        serve(manager, prompt(0, 3))
+        router.until(prompt(0, 3), {("0", 0): {Tier.G1: 3}})
 
 
 def test_addresses_that_are_none_are_refused_before_anything_runs():
