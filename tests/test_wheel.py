@@ -59,7 +59,7 @@ def test_every_module_imports_with_the_base_dependencies_or_names_the_extra(empt
     )
     *refused, count = run(empty_environment / "python", "-W", "error", "-c", probe, cwd=tmp_path).splitlines()
     assert int(count) > 100
-    assert {line.split()[0] for line in refused} == {"bench", "monitoring", "transports"}
+    assert {line.split()[0] for line in refused} == {"bench", "monitoring", "transfer", "transports"}
     assert all("pip install 'kvbm-jax[" in line for line in refused)
 
 
