@@ -9,6 +9,7 @@ differs.
     uv run examples/chat.py
     uv run examples/chat.py --prompt "Why is the sky blue?" --offload-path cache
     uv run examples/chat.py --interactive --metrics-port 9464
+    KVBM_CONTROLLER=auto KVBM_EVENTS=nats uv run examples/chat.py --interactive    # beside kvbm-jax status, events tail
 """
 
 import argparse

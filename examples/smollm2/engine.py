@@ -69,7 +69,7 @@ class Engine:
       dtype: of the cache.
       sampler: how the next token is chosen.
       chunks: sizes in tokens that prefill is cut into, rising; one program is compiled for each.
-      tiers: keys of `KvBlockManagerConfig` for the tiers below the device.
+      tiers: keys of `KvBlockManagerConfig` for the tiers below the device. What no argument says, `KVBM_*` variables may.
       metrics: where the manager's measurements go; None = nowhere.
 
     Raises:
@@ -94,7 +94,7 @@ class Engine:
         self._eos = model.config.eos_id
         self._graph, self._params = nnx.split(model)
         self.manager = BlockManager(
-            KvBlockManagerConfig(
+            KvBlockManagerConfig.load(
                 block_size=block_size,
                 num_blocks=num_blocks,
                 num_layers=model.config.num_layers,

@@ -109,7 +109,12 @@ def _zmq(timing: Timing, case: str, blocks: _Blocks, messages: int) -> Row:
         raise BenchError(f"{case}: the plain encoder writes other bytes")
     per_message = len(blocks.block_ids)
     config = ZmqKvEventPublisherConfig(
-        worker_id="w", endpoint=_ANY, replay_endpoint=_ANY, hwm=0, overflow=Overflow.BLOCK
+        worker_id="w",
+        endpoint=_ANY,
+        replay_endpoint=_ANY,
+        hwm=0,
+        max_queue_size=1024,  # or all of a trial would be there before most of it is sent
+        overflow=Overflow.BLOCK,
     )
     with contextlib.ExitStack() as stack:
         publisher = stack.enter_context(ZmqKvEventPublisher(config))

@@ -1,7 +1,7 @@
 """A codec as publishers use it: what it cannot say, or is too long to be sent, is left out, counted, and told once."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from kvbm_jax.errors import KvbmError, TransportError
 from kvbm_jax.events import EventCodec, KvEventBatch
@@ -11,6 +11,7 @@ from kvbm_jax.transports.first_time import FirstTime
 __all__ = ["Encoder"]
 
 _LOG = logging.getLogger(__name__)
+_UNSENT = (KvbmError, UnicodeError, OverflowError)  # what a codec says of a batch that it has no words for
 
 
 class Encoder:
@@ -32,28 +33,24 @@ class Encoder:
 
     def encode(self, batch: KvEventBatch, longest: int | None = None) -> bytes | None:
         """Returns the payload of a batch, of so many bytes at most; None if it cannot be sent, which leaves a gap."""
-        payload = self._encode(batch, longest)
-        if payload is None:
+        try:
+            return self._within(longest, self._codec.encode(batch))
+        except _UNSENT as error:
+            self._complain(len(batch), error)
             self.unsent += 1
             self._metrics.count("kvbm_events_dropped_total", len(batch))
-        return payload
-
-    def encode_all(self, batches: Iterable[KvEventBatch], longest: int | None = None) -> list[bytes]:
-        """Returns the payloads of batches that mean something together, a snapshot's; none if one cannot be sent."""
-        payloads = []
-        for batch in batches:
-            payload = self._encode(batch, longest)
-            if payload is None:
-                return []
-            payloads.append(payload)
-        return payloads
-
-    def _encode(self, batch: KvEventBatch, longest: int | None) -> bytes | None:
-        try:
-            payload = self._codec.encode(batch)
-            if longest is not None and len(payload) > longest:
-                raise TransportError(f"{len(payload):,} bytes; the server takes {longest:,} (its max_payload)")
-        except (KvbmError, UnicodeError, OverflowError) as error:
-            self._complain(len(batch), error)
             return None
+
+    def encode_all(self, batches: Sequence[KvEventBatch], longest: int | None = None) -> list[bytes]:
+        """Returns the payloads of batches that mean something together, a snapshot's; none if one cannot be sent."""
+        try:
+            return [self._within(longest, self._codec.encode(batch)) for batch in batches]
+        except _UNSENT as error:
+            self._complain(sum(map(len, batches)), error)
+            return []
+
+    @staticmethod
+    def _within(longest: int | None, payload: bytes) -> bytes:
+        if longest is not None and len(payload) > longest:
+            raise TransportError(f"{len(payload):,} bytes; the server takes {longest:,} (its max_payload)")
         return payload
