@@ -69,7 +69,7 @@ class Engine:
       dtype: of the cache.
       sampler: how the next token is chosen.
       chunks: sizes in tokens that prefill is cut into, rising; one program is compiled for each.
-      tiers: keys of `KvBlockManagerConfig` for the tiers below the device. What no argument says, `KVBM_*` variables may.
+      tiers: keys of `KvBlockManagerConfig` for the tiers below the device; `KVBM_*` variables say the rest.
       metrics: where the manager's measurements go; None = nowhere.
 
     Raises:
