@@ -158,13 +158,15 @@ class TcpEngine(Closing):
                 return found.name
         link = _Link(connect(found.address, self._config, self._own_name), self._end)
         with self._lock:
+            # Threads may have connected side by side: the first stays, for others ask over it already.
             former = self._links.get(found.name)
-            self._links[found.name] = link
-            closed = self._closed
-        if former is not None:
-            former.close()
-        if closed:
-            link.close()
+            needed = not self._closed and (former is None or not former.is_up)
+            if needed:
+                self._links[found.name] = link
+        spare = former if needed else link
+        if spare is not None:
+            spare.close()
+        with self._lock:
             self._check_open()
         return found.name
 

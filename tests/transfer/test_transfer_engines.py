@@ -124,6 +124,34 @@ def test_many_transfers_at_once_from_many_threads(engine, peer):
     np.testing.assert_array_equal(memory, wanted)
 
 
+def test_threads_that_connect_side_by_side_do_not_cut_each_other_off(engine, peer):
+    peer.fill(6)
+    memory = arena()
+    here = engine.register(memory)
+    description, slots = peer.about()
+    together = threading.Barrier(8)
+    failed = []
+
+    def connect_and_read(first):
+        try:
+            together.wait()
+            name = engine.connect(description)
+            for slot in range(first, COUNT, 8):
+                engine.read(name, slots, ids(slot), here, ids(slot)).result(WAIT)
+        except TransferError as error:
+            failed.append(error)
+
+    for _ in range(5):
+        threads = [threading.Thread(target=connect_and_read, args=(first,)) for first in range(8)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        engine.forget(engine.connect(description))
+    assert not failed
+    np.testing.assert_array_equal(memory, pattern(6))
+
+
 def test_nothing_to_move_is_done_at_once(engine, peer):
     far, here = Far(engine, peer), engine.register(arena())
     assert engine.read(far.name, far.slots, ids(), here, ids()).done()
