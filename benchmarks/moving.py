@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from benchmarks.cases import FULL, TINY, Case, Scale, all_cases
 from benchmarks.measuring import Clock, Row, copy_seconds, seconds_of, tell
 from kvbm_jax.kernels import configs, target
-from kvbm_jax.kernels.configs import CopyConfig
+from kvbm_jax.kernels.configs import SHARED_BYTES, CopyConfig, shared_bytes
 from kvbm_jax.kernels.dispatch import Implementation
 
 TABLE = pathlib.Path(configs.__file__).with_name("tuned.json")
@@ -29,7 +29,6 @@ _TARGET, _TARGET_BYTES = 0.9, 2048  # of a copy's speed, for rows from so many b
 _MOST_DIFFERENT = 1e-3
 _VARIANTS = 8  # of ids, so that no cache holds what the last call read
 _REPEATS = 9
-_SHARED_BYTES = 227 * 1024
 
 
 def truth(clock: Clock, *, tiny: bool) -> None:
@@ -90,7 +89,7 @@ def grid() -> list[CopyConfig]:
     """The configs that tuning tries."""
     fields = itertools.product((4096, 8192, 16384, 32768), (2, 4, 6), (1, 2, 3, 4, 6, 8))
     # A multiprocessor that is less than half full moves less than it could.
-    return [CopyConfig(*each) for each in fields if _SHARED_BYTES // 2 <= each[0] * each[1] * each[2] <= _SHARED_BYTES]
+    return [CopyConfig(*each) for each in fields if SHARED_BYTES // 2 <= shared_bytes(*each) <= SHARED_BYTES]
 
 
 def _write(kind: str, found: dict[tuple[str, str], CopyConfig]) -> None:

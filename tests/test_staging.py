@@ -34,7 +34,8 @@ def test_arrays_are_few_and_not_large(count, block_bytes, rows):
 @pytest.mark.parametrize("kind", ["layer_separate", "layer_stacked"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("count", [1, 9, 37])
-def test_blocks_leave_and_come_back_as_they_were(kind, dtype, count):
+@pytest.mark.parametrize("pinned", [False, True])
+def test_blocks_leave_and_come_back_as_they_were(kind, dtype, count, pinned):
     layout = KVLayout(3, 40, 4, 2, 6, dtype, kind)
     rng = np.random.default_rng(count)
     cache = jax.tree.map(
@@ -42,7 +43,7 @@ def test_blocks_leave_and_come_back_as_they_were(kind, dtype, count):
     )
     whole = jax.tree.map(lambda array: np.asarray(array).copy(), cache)
     blocks = rng.permutation(40)[:count].astype(np.int32)
-    ring = StagingRing(layout)
+    ring = StagingRing(layout, pinned=pinned)
     arrays = ring.gather(cache, blocks)
     assert sum(array.shape[0] for array in arrays) * layout.block_bytes == ring.bytes_for(count)
     rows = np.concatenate([rows_of_array(array) for array in arrays])
@@ -63,3 +64,20 @@ def test_an_array_is_written_again_where_it_lies():
     [again] = ring.gather(cache, np.arange(32, dtype=np.int32))
     assert again.unsafe_buffer_pointer() == pointer
     assert array.is_deleted()
+
+
+def test_what_lies_in_pinned_memory_stays_when_the_array_is_written_again():
+    layout = KVLayout(3, 40, 4, 2, 6, "bfloat16")
+    first, second = (
+        jax.tree.map(lambda array, n=n: jax.numpy.full(array.shape, n, array.dtype), kv_cache.init(layout))
+        for n in (1, 2)
+    )
+    ring, blocks = StagingRing(layout, pinned=True), np.arange(32, dtype=np.int32)
+    [before] = ring.gather(first, blocks)
+    rows = rows_of_array(before)
+    [after] = ring.gather(second, blocks)
+    del before
+    assert not rows.flags.writeable
+    assert (rows.view(jax.numpy.bfloat16) == 1).all()
+    assert (rows_of_array(after).view(jax.numpy.bfloat16) == 2).all()
+    assert after.sharding.memory_kind == "pinned_host"

@@ -13,14 +13,17 @@ import importlib.resources
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.kernels import target
 
-__all__ = ["CopyConfig", "copy_config", "using"]
+__all__ = ["SHARED_BYTES", "CopyConfig", "copy_config", "shared_bytes", "using"]
 
-_SHARED_BYTES = 227 * 1024  # of a multiprocessor, that its thread blocks may use: Hopper and Blackwell alike
+SHARED_BYTES: Final = 228 * 1024
+"""Shared memory of a multiprocessor; Hopper and Blackwell alike."""
+
+_RESERVED_BYTES: Final = 1024  # of them for each thread block, beside what it asks for
 _MOST_BARRIERS = 16
 _override: "list[CopyConfig]" = []
 
@@ -41,10 +44,15 @@ class CopyConfig:
     def __post_init__(self) -> None:
         if self.tile_bytes < 1 or self.blocks_per_core < 1 or not 2 <= self.stages <= _MOST_BARRIERS:
             raise ConfigError(f"{self} is out of range: stages 2 to {_MOST_BARRIERS}, the others from 1")
-        if (asked := self.tile_bytes * self.stages * self.blocks_per_core) > _SHARED_BYTES:
+        if (asked := shared_bytes(self.tile_bytes, self.stages, self.blocks_per_core)) > SHARED_BYTES:
             raise ConfigError(
-                f"{self} asks for {asked:,} bytes of shared memory; a multiprocessor has {_SHARED_BYTES:,}"
+                f"{self} asks for {asked:,} bytes of shared memory; a multiprocessor has {SHARED_BYTES:,}"
             )
+
+
+def shared_bytes(tile_bytes: int, stages: int, blocks_per_core: int) -> int:
+    """Returns the shared memory that the thread blocks of a multiprocessor take up."""
+    return (tile_bytes * stages + _RESERVED_BYTES) * blocks_per_core
 
 
 def copy_config(operation: str, unit_bytes: int) -> CopyConfig:

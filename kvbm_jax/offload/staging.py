@@ -9,6 +9,9 @@ that is not the cache's, blocks are quantised or dequantised as they are gathere
 gather writes into one by donation, so warm memory is used again, once its copy to the host is done. There are small
 arrays, for the block or two that a decode step evicts, and large ones.
 
+A GPU copies to pinned host memory only at its full speed, and beside what it computes. There, the copy is dispatched
+right behind the gather, and what the background waits for lies in pinned memory.
+
 Axes: R rows (blocks) of a staging array; P bytes of a block.
 """
 
@@ -27,6 +30,7 @@ from kvbm_jax.layout import ElementFormat, KVLayout
 __all__ = ["StagingRing", "onboard", "rows_for", "rows_of_array", "warm_up"]
 
 _SMALL, _LARGE = 4, 32
+_PINNED = "pinned_host"
 _MAX_ARRAY_BYTES = 64 << 20  # of device memory, unless one block is more
 
 
@@ -35,10 +39,12 @@ class StagingRing:
 
     Args:
       layout: of the cache, in the element format of the tiers.
+      pinned: whether arrays are copied to pinned host memory as they are gathered; None: if the device is a GPU.
     """
 
-    def __init__(self, layout: KVLayout) -> None:
+    def __init__(self, layout: KVLayout, *, pinned: bool | None = None) -> None:
         self._layout = layout
+        self._pinned = jax.default_backend() == "gpu" if pinned is None else pinned
         self._block_bytes = layout.block_bytes
         self._free: dict[int, list[jax.Array]] = {rows: [] for rows in _row_counts(layout.block_bytes)}
         self._lock = threading.Lock()
@@ -62,25 +68,55 @@ class StagingRing:
             if target is None:
                 staging = self._layout.staging(rows)
                 target = jax.device_put(jnp.zeros(staging.array_shape, staging.array_dtype), sharding)
-            arrays.append(_gather(target, cache, ids, self._layout.element_format))
+            staged = _gather(target, cache, ids, self._layout.element_format)
+            if self._pinned:
+                arrays.append(jax.device_put(staged, sharding.with_memory_kind(_PINNED)))
+                self._give_back(staged)  # whoever is next writes behind the copy
+            else:
+                arrays.append(staged)
         return arrays
 
     def release(self, arrays: Sequence[jax.Array]) -> None:
         """Takes arrays back whose copies are done. No view of their memory may be alive."""
-        with self._lock:
+        if not self._pinned:
             for array in arrays:
-                self._free[array.shape[0]].append(array)
+                self._give_back(array)
 
     def warm_up(self, cache: kv_cache.KVCache) -> None:
         """Compiles the gathers."""
         for rows in _row_counts(self._block_bytes):
             self.release(self.gather(cache, np.full((rows,), cache.layout.num_blocks, np.int32)))
 
+    def _give_back(self, array: jax.Array) -> None:
+        with self._lock:
+            self._free[array.shape[0]].append(array)
+
 
 def rows_of_array(array: jax.Array) -> NDArray[np.uint8]:
-    """Waits for a staging array and returns its bytes on the host, u8[R, P]; on CPU a view of its memory."""
+    """Waits for a staging array and returns its bytes on the host, u8[R, P].
+
+    A view of its memory, on CPU and where one device has copied it to pinned memory.
+    """
+    if array.sharding.memory_kind == _PINNED and len(array.sharding.device_set) == 1:
+        return np.asarray(_PinnedBytes(array)).reshape(array.shape[0], -1)
     host = np.asarray(array)
     return host.reshape(host.shape[0], -1).view(np.uint8)
+
+
+class _PinnedBytes:
+    """The bytes of an array in pinned host memory, which NumPy keeps alive with its view.
+
+    NumPy knows neither bfloat16 nor float8 by DLPack.
+    """
+
+    def __init__(self, array: jax.Array) -> None:
+        self._array = array.block_until_ready()
+        self.__array_interface__ = {
+            "version": 3,
+            "data": (array.unsafe_buffer_pointer(), True),
+            "typestr": "|u1",
+            "shape": (array.nbytes,),
+        }
 
 
 def onboard(
