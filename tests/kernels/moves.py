@@ -163,7 +163,7 @@ def check_conversions(case, element_format, kind):
     for given in (None, out):
         gathered = jitted(kernels.gather_blocks, case, **options)(arrange(logical, layout), block_ids=ids, out=given)
         taken = np.concatenate([there, np.zeros_like(there[:, :1])], axis=1)[:, ids]
-        np.testing.assert_array_equal(logical_of((gathered,), staging), taken)
+        equal(logical_of((gathered,), staging), taken)
     scattered = jitted(kernels.scatter_blocks, case, **options)(
         arrange(logical, layout), block_ids=targets, blocks=gathered
     )
@@ -171,7 +171,7 @@ def check_conversions(case, element_format, kind):
     expected = logical.copy()
     returned = np.concatenate([back, np.zeros_like(back[:, :1])], axis=1)
     expected[:, targets[kept]] = returned[:, ids[kept]]
-    np.testing.assert_array_equal(logical_of(scattered, layout), expected)
+    equal(logical_of(scattered, layout), expected)
 
 
 def check_converting_permute(case, element_format, kind):
@@ -183,7 +183,15 @@ def check_converting_permute(case, element_format, kind):
         arrange(logical, layout)
     )
     found = logical_of(permuted, layout.with_format(element_format).with_kind(kind))
-    np.testing.assert_array_equal(found, converted(logical, layout.element_format, element_format))
+    equal(found, converted(logical, layout.element_format, element_format))
+
+
+def equal(found, expected):
+    """Equal with NaN where NaN is, which NumPy tells of its own numbers only."""
+    assert found.dtype == expected.dtype
+    if not np.issubdtype(found.dtype, np.number):
+        found, expected = (np.asarray(values, np.float32) for values in (found, expected))
+    np.testing.assert_array_equal(found, expected)
 
 
 def converted(logical, source, target):

@@ -238,11 +238,37 @@ def check_shapes(data):
             moves.check_permute(case, draw(st.sampled_from(KINDS)))
 
 
+def check_quantised_shapes(data):
+    draw = data.draw
+    own, there = draw(st.sampled_from([INT8, FORMATS[2]])), draw(st.sampled_from(FORMATS))
+    sizes = layout(
+        num_layers=draw(st.integers(1, 2)),
+        num_blocks=draw(st.integers(3, 5)),
+        block_size=draw(st.sampled_from([8, 16, 24])),
+        num_kv_heads=draw(st.integers(2, 3)),
+        head_dim=draw(st.sampled_from([16, 48, 64, 128])),
+        dtype=own.dtype,
+        quantized=True,
+        kind=draw(st.sampled_from(KINDS)),
+        components=draw(st.integers(1, 2)),
+    )
+    kind, with_out = draw(st.sampled_from(RUNS)), draw(st.booleans())
+    count, seed = draw(st.integers(1, sizes.num_blocks)), draw(st.integers(0, 99))
+    served = kernels.OPERATIONS["gather_blocks"].choose(None, (), sizes, None, sizes.staging(count, kind), None)
+    for implementation in {"xla", served.implementation}:
+        case = Case(sizes, implementation, seed)
+        with running(implementation):
+            moves.check_gather_and_scatter(case, count, kind, with_out=with_out)
+            moves.check_copy(case, disjoint=True)
+    moves.check_conversions(Case(sizes, "xla", seed), there, kind)
+
+
 @pytest.mark.long
 @hypothesis.settings(max_examples=4)
 @hypothesis.given(data=st.data())
-def test_shapes_drawn_at_random(data):
-    check_shapes(data)
+@pytest.mark.parametrize("check", [check_shapes, check_quantised_shapes])
+def test_shapes_drawn_at_random(check, data):
+    check(data)
 
 
 @pytest.mark.long
@@ -250,5 +276,6 @@ def test_shapes_drawn_at_random(data):
 @pytest.mark.timeout(1800)
 @hypothesis.settings(max_examples=200)
 @hypothesis.given(data=st.data())
-def test_many_shapes_drawn_at_random(data):
-    check_shapes(data)
+@pytest.mark.parametrize("check", [check_shapes, check_quantised_shapes])
+def test_many_shapes_drawn_at_random(check, data):
+    check(data)
