@@ -193,6 +193,13 @@ class DeviceTier:
         self.update_gauges()
         return len(evicted.block_ids)
 
+    def hand_over(self, keys: Sequence[BlockKey], to_worker: str) -> int:
+        """Gives up those of cached blocks that nobody holds, for another worker has them; returns how many."""
+        evicted = self.pool.evict_named(self._block_ids(keys))
+        self.residency.handed_over(evicted, to_worker)
+        self.update_gauges()
+        return len(evicted.block_ids)
+
     def hold(self, keys: Sequence[BlockKey]) -> None:
         """Adds a holder to cached blocks, which must be here."""
         self.pool.acquire(self._block_ids(keys))

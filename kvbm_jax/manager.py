@@ -41,16 +41,17 @@ from kvbm_jax.event_flow import EventFlow
 from kvbm_jax.events import EventPublisher, KvEvent, Subscription
 from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
-from kvbm_jax.hashing import Multimodal, check_tokens
+from kvbm_jax.hashing import Multimodal, check_tokens, hash_bytes
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.loops import Loops
 from kvbm_jax.loose_blocks import LooseBlocks
 from kvbm_jax.metrics import GuardedMetrics, NullMetrics
+from kvbm_jax.migration import Acts, Arrival, Migration
 from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
-from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, RequestObserver, StoreStats, Tier
+from kvbm_jax.protocols import BlockKey, BlockStore, Clock, MetricsSink, RequestObserver, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.request_log import RequestLog
 from kvbm_jax.residency import Residency
@@ -195,6 +196,13 @@ class BlockManager:
         self._roster = Roster(max_sequences, self._requests.left)
         self._progress = Progress(self._device, self._roster)
         self._admission = Admission(self._device, self._roster, self._progress, agreement)
+        self._migration = Migration(
+            None if engine is None else engine.peers,
+            Acts(self.start, self._share_all, self._device.residency.settle, self.release, self._give_up),
+            self._hasher,
+            metrics=self._metrics,
+            clock=self._clock,
+        )
         self._loops = Loops(self._device, self._roster, self._progress)
         self._loose = LooseBlocks(self._device)
         self._upkeep = Upkeep(self._device)
@@ -358,6 +366,61 @@ class BlockManager:
         resident = self._device.pool.match(hashes)
         self._device.share(hashes[:resident])
         return resident * self.layout.block_size
+
+    # Other workers.
+
+    def migrate(self, seq: Sequence, to_worker: str, *, payload: bytes = b"", timeout: float = 30.0) -> int:
+        """Hands a running sequence over to another worker, which goes on with it: to drain this one, say.
+
+        All its tokens with a slot must be computed. Its whole blocks are pulled by the other worker; what follows them
+        is computed there. It ends here then, and what nobody else holds of it is forgotten here, with `migrated`
+        events. Other sequences may go on meanwhile, this one must not. Whatever is raised, it still runs here; only a
+        `PeerLostError` may leave it released, for it may have gone on there.
+
+        Args:
+          seq: the sequence.
+          to_worker: `worker_id` of a peer whose application calls `accept`.
+          payload: what that is given with it: the state of a sampler, who waits for the answer.
+          timeout: seconds that it has to take the sequence and pull its blocks.
+
+        Returns:
+          How many tokens need no computation there.
+
+        Raises:
+          ConfigError: if there are no peers.
+          BlockStateError: if the sequence is not running, went on meanwhile, or leaves no blocks (`reuse=False`).
+          IdentityMismatchError: if the other's cache is of another model or layout.
+          TransferError: if there is no such peer, or it refuses: nobody takes the sequence, it has no room for it.
+          PeerLostError: if the other is gone, or does not answer in time.
+        """
+        return self._migration.send(seq, to_worker, payload, timeout)
+
+    def accept(self, timeout: float = 0.0) -> Arrival | None:
+        """Takes over a sequence that another worker hands over with `migrate`, and begins it.
+
+        One that cannot begin here, for want of blocks say, stays where it is, and the wait goes on.
+
+        Args:
+          timeout: seconds to wait for one.
+
+        Returns:
+          The sequence, which runs and has its blocks, with its payload; None if none came.
+
+        Raises:
+          ConfigError: if there are no peers.
+        """
+        return self._migration.receive(timeout)
+
+    @_whole
+    def _share_all(self, seq: Sequence) -> None:
+        self._progress.register(seq)
+        self._device.share(seq.hashes[: seq.num_registered])
+
+    @_whole
+    def _give_up(self, seq: Sequence, to_worker: str) -> int:
+        hashes = seq.hashes[: seq.num_registered]
+        self._progress.release(seq)
+        return self._device.hand_over([BlockKey(hash_bytes(words)) for words in hashes], to_worker)
 
     @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:

@@ -75,6 +75,19 @@ METRICS: dict[str, Metric] = {
         Metric("kvbm_peer_quarantines_total", MetricKind.COUNTER, "peers shut out after repeated faults"),
         Metric("kvbm_leased_blocks", MetricKind.GAUGE, "host blocks that peers may be reading"),
         Metric("kvbm_leases_expired_total", MetricKind.COUNTER, "leases that peers did not give back in time"),
+        Metric(
+            "kvbm_migrations_total",
+            MetricKind.COUNTER,
+            "sequences handed over between workers, by how it ended",
+            ("direction", "outcome"),
+        ),
+        Metric(
+            "kvbm_migration_seconds",
+            MetricKind.HISTOGRAM,
+            "time from the last token here to the end of the hand-over",
+            ("direction",),
+            _SECONDS,
+        ),
         Metric("kvbm_events_published_total", MetricKind.COUNTER, "events published"),
         Metric(
             "kvbm_events_dropped_total",

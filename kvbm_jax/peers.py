@@ -13,7 +13,7 @@ Axes: n blocks of a call, P bytes of a block.
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -22,12 +22,13 @@ from numpy.typing import NDArray
 from kvbm_jax import extensions
 from kvbm_jax.closing import Closing
 from kvbm_jax.config import KvBlockManagerConfig
-from kvbm_jax.errors import ConfigError, IdentityMismatchError, LayoutError
+from kvbm_jax.errors import ConfigError, IdentityMismatchError, LayoutError, TransferError
 from kvbm_jax.events import PrefixIndex, Subscription
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome
 from kvbm_jax.transfer import PeerServer, Puller, SocketConfig, open_engine
-from kvbm_jax.transfer.directory import PeerDirectory
+from kvbm_jax.transfer.directory import Offer, PeerDirectory
+from kvbm_jax.transfer.handover import Arrivals, HandOver, Migrate, Presented, SequenceState
 
 __all__ = ["PeerNetwork", "Peers", "PullCost", "open_network"]
 
@@ -137,6 +138,12 @@ class Peers(Closing):
     ) -> None:
         self._clock = clock
         self._cost = PullCost(block_size, network.tokens_per_second)
+        self._worker_id = worker_id
+        self._fingerprint = store.identity.fingerprint
+        self._discovery = network.discovery
+        self._sockets = network.sockets
+        self._promised: tuple[str, frozenset[BlockKey]] | None = None
+        self._arrivals = Arrivals(self._fingerprint)
         index = PrefixIndex()
         with contextlib.ExitStack() as opened:
             opened.callback(network.discovery.close)
@@ -145,7 +152,15 @@ class Peers(Closing):
             engine = open_engine(network.engine, worker_id, config=network.sockets, metrics=metrics, clock=clock)
             opened.callback(engine.close)
             server = opened.enter_context(
-                PeerServer(worker_id, store, engine, config=network.sockets, metrics=metrics, clock=clock)
+                PeerServer(
+                    worker_id,
+                    store,
+                    engine,
+                    config=network.sockets,
+                    arrivals=self._arrivals,
+                    metrics=metrics,
+                    clock=clock,
+                )
             )
             self._puller = opened.enter_context(
                 Puller(
@@ -169,19 +184,20 @@ class Peers(Closing):
             )
             for stream in network.events:
                 opened.enter_context(_Listener(stream, index, worker_id))
+            opened.callback(self._arrivals.close)
             network.discovery.announce(server.record)
             self._opened = opened.pop_all()
 
     def offered(self, keys: Sequence[BlockKey]) -> int:
         """Returns how many leading blocks of `keys` a peer holds and are worth pulling; asks nobody."""
-        offers = self._directory.offers([key.sequence_hash for key in keys]) if keys else []
+        offers = self._offers(keys) if keys else []
         blocks = offers[0].blocks if offers else 0
         return blocks if self._cost.worth(blocks) else 0
 
     def read(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> int:
         """Pulls the longest prefix of n blocks that peers have into rows u8[n, P]; returns how many came, verified."""
         came = 0
-        for offer in self._directory.offers([key.sequence_hash for key in keys]):
+        for offer in self._offers(keys):
             wanted = keys[came : offer.blocks]
             if not wanted:
                 break
@@ -203,9 +219,55 @@ class Peers(Closing):
             came += good
         return came
 
+    @contextlib.contextmanager
+    def promised(self, worker_id: str, keys: Sequence[BlockKey]) -> Iterator[None]:
+        """Within it a peer is known to hold blocks that its events may not have told of yet; for the reading thread."""
+        self._promised = worker_id, frozenset(keys)
+        try:
+            yield
+        finally:
+            self._promised = None
+
+    def hand_over(self, worker_id: str, state: SequenceState, seconds: float) -> HandOver:
+        """Offers a sequence, whose blocks are in this worker's host memory, to a peer that has so long to take it.
+
+        Raises:
+          TransferError: nobody of that name is there, it is this worker, or it cannot be reached.
+          IdentityMismatchError: its cache is of another model or layout.
+        """
+        workers = self._discovery.workers()
+        record = workers.get(worker_id)
+        if record is None or worker_id == self._worker_id:
+            others = ", ".join(sorted(workers.keys() - {self._worker_id})) or "nobody"
+            raise TransferError(f"{worker_id!r} is no peer of {self._worker_id!r}; there is {others}")
+        if record.fingerprint != self._fingerprint:
+            raise IdentityMismatchError(
+                f"the cache of {worker_id!r} has the fingerprint {record.fingerprint.hex()}, this worker's "
+                f"{self._fingerprint.hex()}"
+            )
+        request = Migrate(self._worker_id, self._fingerprint, state, seconds)
+        return HandOver(record, request, self._sockets, self._worker_id)
+
+    def arrival(self, seconds: float) -> Presented | None:
+        """Waits for a sequence that a peer hands over; None if none comes."""
+        return self._arrivals.take(seconds)
+
     def close(self) -> None:
         """Is found no more, serves and pulls no more. Idempotent."""
         self._opened.close()
+
+    def _offers(self, keys: Sequence[BlockKey]) -> list[Offer]:
+        """Who can serve how much of `keys`, the most first."""
+        offers = self._directory.offers([key.sequence_hash for key in keys])
+        if self._promised is None:
+            return offers
+        worker_id, promised = self._promised
+        count = next((i for i, key in enumerate(keys) if key not in promised), len(keys))
+        record = self._discovery.workers().get(worker_id)
+        if record is None or not count or any(o.record == record and o.blocks >= count for o in offers):
+            return offers
+        others = [offer for offer in offers if offer.record != record]
+        return sorted([Offer(record, count), *others], key=lambda offer: -offer.blocks)
 
 
 class _Listener(Closing):

@@ -110,6 +110,14 @@ class Residency:
         for key in keys:
             self._residents.pop(key, None)
 
+    def handed_over(self, evicted: EvictedBlocks, to_worker: str) -> None:
+        """The device has given up blocks that another worker has now; host memory forgets them, too."""
+        keys = self._count_evicted(evicted)
+        self._publisher.handed_over(Tier.G1, evicted.block_ids, keys, to_worker)
+        for key in keys:
+            self._residents.pop(key, None)
+        self.discard(keys, [Tier.G2])
+
     def cleared(self, evicted: EvictedBlocks) -> None:
         """The device has been told to forget blocks; the tiers below forget all of theirs."""
         self.forgotten(evicted)
@@ -120,10 +128,15 @@ class Residency:
         if self._engine is not None:
             self._engine.clear(tiers)
 
-    def discard(self, keys: Sequence[BlockKey]) -> None:
-        """Takes blocks out of every tier below."""
+    def discard(self, keys: Sequence[BlockKey], tiers: Collection[Tier] | None = None) -> None:
+        """Takes blocks out of tiers below; None for all of them."""
         if self._engine is not None:
-            self._engine.discard(keys)
+            self._engine.discard(keys, tiers)
+
+    def settle(self) -> None:
+        """Waits until what moves to host memory can be read there."""
+        if self._engine is not None:
+            self._engine.settle()
 
     def block_id(self, key: BlockKey) -> int | None:
         """Returns where on the device a block lies; None if it does not."""

@@ -68,6 +68,7 @@ FLOORS = {
         "loops",
         "loose_blocks",
         "manager",
+        "migration",
         "outcomes",
         "peers",
         "programs",

@@ -61,6 +61,11 @@ class EventPublisher:
             keys = [r.key for r in records]
             self._publish(EventType.MIGRATED, block_ids, tier, keys, records, from_tier, from_block_ids)
 
+    def handed_over(self, tier: Tier, block_ids: ArrayLike, keys: Sequence[BlockKey], to_worker: str) -> None:
+        """Says that a tier holds blocks no more, for another worker has them."""
+        if keys:
+            self._publish(EventType.MIGRATED, block_ids, tier, keys, to_worker=to_worker)
+
     def cleared(self, tier: Tier | None) -> None:
         """Says that a tier, or with None every tier, is empty."""
         self._publish(EventType.CLEARED, np.zeros((1,), np.uint64), tier, [BlockKey(_NO_HASH)])
@@ -81,6 +86,7 @@ class EventPublisher:
         records: Sequence[BlockRecord] = (),
         from_tier: Tier | None = None,
         from_block_ids: ArrayLike = 0,
+        to_worker: str | None = None,
     ) -> None:
         loras = [record.lora_name for record in records]
         with self._lock:
@@ -102,6 +108,7 @@ class EventPublisher:
                     from_tier=from_tier,
                     from_block_ids=from_block_ids,
                     lora_names=loras if any(name is not None for name in loras) else (),
+                    to_workers=() if to_worker is None else (to_worker,) * len(keys),
                 )
             )
 

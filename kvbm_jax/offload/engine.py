@@ -288,9 +288,18 @@ class OffloadEngine:
         """Returns what the stores hold, with its block ids."""
         return {tier: list(store.records()) for tier, store in self._stores.items()}
 
-    def discard(self, keys: Sequence[BlockKey]) -> None:
-        """Takes blocks out of every tier below the device."""
-        for tier in self._stores:
+    @property
+    def peers(self) -> PeerBlocks | None:
+        """Blocks of other workers."""
+        return self._peers
+
+    def settle(self) -> None:
+        """Waits until what moves to host memory can be read there; may be called beside everything else."""
+        self._mover.settle()
+
+    def discard(self, keys: Sequence[BlockKey], tiers: Collection[Tier] | None = None) -> None:
+        """Takes blocks out of tiers below the device; None for all of them."""
+        for tier in self._stores if tiers is None else self._stores.keys() & tiers:
             held = [key for key in keys if self._tiers.holds(key, tier)]
             for key in held:
                 self._tiers.discard(key, tier)

@@ -3,6 +3,7 @@
     Describe                          About: whose blocks, where they lie, how the engine is reached
     Lookup: hashes, groups, time      Leased: which of them are held and where, under which lease
     Release: leases                   (nothing)
+    Migrate: a sequence               see `kvbm_jax.transfer.handover`
 
 Arrays travel as bytes, little-endian, one element for each block asked for.
 """
@@ -18,6 +19,7 @@ from kvbm_jax.layout import LayoutKind
 from kvbm_jax.offload.host import Pins
 from kvbm_jax.protocols import Slots
 from kvbm_jax.transfer.frames import Message, Refused, ids_from, packed
+from kvbm_jax.transfer.handover import Migrate
 
 __all__ = [
     "About",
@@ -106,7 +108,7 @@ class Found(NamedTuple):
         return cls(block_ids < num_slots, refused, block_ids, checksums)
 
 
-request_decoder = msgspec.msgpack.Decoder(Describe | Lookup | Release)
+request_decoder = msgspec.msgpack.Decoder(Describe | Lookup | Release | Migrate)
 about_decoder = msgspec.msgpack.Decoder(About | Refused)
 leased_decoder = msgspec.msgpack.Decoder(Leased | Refused)
 

@@ -17,7 +17,8 @@ from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import Clock, MetricsSink, TransferEngine, WorkerRecord
 from kvbm_jax.transfer.access import SocketConfig
 from kvbm_jax.transfer.dialogue import About, Describe, Leased, Lookup, Release, keys_of, request_decoder
-from kvbm_jax.transfer.frames import Frames
+from kvbm_jax.transfer.frames import Frames, Refused
+from kvbm_jax.transfer.handover import Arrivals, Migrate
 from kvbm_jax.transfer.leases import Leases
 from kvbm_jax.transfer.listener import Listener
 from kvbm_jax.transfer.placement import Placement
@@ -39,6 +40,7 @@ class PeerServer(Closing):
       placement: how a block's bytes lie; None for whole blocks, `fully_contiguous`.
       config: where to listen, and who may come.
       longest_lease: seconds; who asks for more gets that.
+      arrivals: where sequences wait that peers hand over; None for a worker that takes none.
       metrics: takes measurements.
       clock: for leases.
 
@@ -56,6 +58,7 @@ class PeerServer(Closing):
         placement: Placement | None = None,
         config: SocketConfig | None = None,
         longest_lease: float = _LONGEST_LEASE,
+        arrivals: Arrivals | None = None,
         metrics: MetricsSink | None = None,
         clock: Clock = time,
     ) -> None:
@@ -73,6 +76,7 @@ class PeerServer(Closing):
         self._placement = placement
         self._engine = engine
         self._longest_lease = longest_lease
+        self._arrivals = arrivals
         self._slots = engine.register(store.slots)
         self._started_ns = clock.time_ns()
         self._leases = Leases(store, clock=clock, metrics=metrics or NullMetrics())
@@ -107,6 +111,11 @@ class PeerServer(Closing):
                         lease, pins = self._leases.grant(keys_of(lookup), min(lookup.seconds, self._longest_lease))
                         leases.add(lease)
                         frames.send(Leased.of(lease, pins))
+                    case Migrate() as request:
+                        if self._arrivals is None:
+                            frames.send(Refused(f"{self._worker_id} takes no sequences over"))
+                        else:
+                            self._arrivals.serve(frames, request)
                     case Release(ended):
                         if not leases.issuperset(ended):
                             raise FrameError(f"not all of the leases {ended} are {peer}'s")

@@ -1,0 +1,175 @@
+"""Live sequences that go on in another worker, between two tokens.
+
+    source        register and share what is whole; offer the rest as a message; give it all up once it is taken
+    destination   begin the sequence: its blocks are pulled from the source's host memory, the tail is computed anew
+
+What is between the last whole block and the last token is not moved: the destination computes it, as it does for any
+prompt. So a migration can lose time, but no token, and no wrong keys and values can come of it. For who goes on when
+something fails, see `kvbm_jax.transfer.handover`.
+"""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, PeerLostError, TransferError
+from kvbm_jax.handles import Hasher, Sequence
+from kvbm_jax.hashing import hash_bytes
+from kvbm_jax.protocols import BlockKey, Clock, MetricsSink, PeerBlocks
+
+if TYPE_CHECKING:
+    from kvbm_jax.peers import Peers
+    from kvbm_jax.transfer.handover import Presented, SequenceState
+
+__all__ = ["Arrival", "Migration"]
+
+_LOG = logging.getLogger(__name__)
+_OUTCOMES = {PeerLostError: "lost", TransferError: "refused"}  # the first that fits; others have failed
+
+
+class Arrival(NamedTuple):
+    """A sequence that has come from another worker, and runs here now."""
+
+    seq: Sequence  # compute its tokens from `seq.num_cached` on
+    payload: bytes  # what the source's application gave with it
+    from_worker: str
+
+
+class Acts(NamedTuple):
+    """What a manager does for a migration, each in its turn."""
+
+    start: Callable[..., Sequence]  # `BlockManager.start`
+    share: Callable[[Sequence], None]  # registers what is whole, and has it copied to host memory
+    settle: Callable[[], None]  # waits for that
+    release: Callable[[Sequence], None]
+    give_up: Callable[[Sequence, str], int]  # releases, and forgets what nobody else holds; returns how many blocks
+
+
+class Migration:
+    """Hands sequences over and takes them.
+
+    Args:
+      peers: the other workers; None for none.
+      acts: what the manager does.
+      hasher: names blocks.
+      metrics: takes measurements.
+      clock: for durations.
+    """
+
+    def __init__(
+        self, peers: PeerBlocks | None, acts: Acts, hasher: Hasher, *, metrics: MetricsSink, clock: Clock
+    ) -> None:
+        self._peers = peers
+        self._acts = acts
+        self._hasher = hasher
+        self._metrics = metrics
+        self._clock = clock
+
+    def send(self, seq: Sequence, to_worker: str, payload: bytes, timeout: float) -> int:
+        """Hands a sequence over. See `BlockManager.migrate`."""
+        peers = self._require_peers()
+        if not seq.reuse:
+            raise BlockStateError("a sequence that was started with reuse=False leaves no blocks to be pulled")
+        with self._counted("out"):
+            self._acts.share(seq)
+            state, count = _state_of(seq, payload), len(seq.tokens)
+            self._acts.settle()
+            with peers.hand_over(to_worker, state, timeout) as offer:
+                cached = offer.accepted()
+                if seq.released or len(seq.tokens) != count:
+                    raise BlockStateError("the sequence has gone on or ended while it was handed over; it stays here")
+                try:
+                    offer.commit()
+                except PeerLostError as error:
+                    self._acts.release(seq)
+                    raise PeerLostError(
+                        f"{to_worker} was lost before it confirmed: it may go on with the sequence, so it is released "
+                        f"here; `resume` it if {to_worker} has ended ({error})"
+                    ) from error
+            blocks = self._acts.give_up(seq, to_worker)
+        _LOG.info(
+            "a sequence of %d tokens went to %s: %d found there, %d blocks given up", count, to_worker, cached, blocks
+        )
+        return cached
+
+    def receive(self, timeout: float) -> Arrival | None:
+        """Takes a sequence over. See `BlockManager.accept`."""
+        peers = self._require_peers()
+        deadline = self._clock.monotonic_ns() + round(timeout * 1e9)
+        while (left := (deadline - self._clock.monotonic_ns()) / 1e9) >= 0 or not timeout:
+            presented = peers.arrival(max(left, 0))
+            if presented is None:
+                return None
+            try:
+                with self._counted("in"):
+                    return self._begin(peers, presented)
+            except KvbmError as error:
+                _LOG.warning("a sequence of %s was not taken over: %s", presented.request.worker_id, error)
+        return None
+
+    def _begin(self, peers: "Peers", presented: "Presented") -> Arrival:
+        request = presented.request
+        state = request.state
+        try:
+            tokens = state.tokens()
+            hashes = self._hasher(tokens, state.salt, state.lora_name, state.multimodal)
+            with peers.promised(request.worker_id, _keys(hashes)):
+                seq = self._acts.start(
+                    tokens,
+                    salt=state.salt,
+                    tenant=state.tenant,
+                    lora_name=state.lora_name,
+                    multimodal=state.multimodal,
+                    priority=state.priority,
+                )
+        except BaseException as error:
+            presented.refuse(str(error))
+            raise
+        if not presented.accept(seq.num_cached):
+            self._acts.release(seq)
+            raise PeerLostError(f"{request.worker_id} has kept the sequence, or is gone")
+        _LOG.info("a sequence of %d tokens came from %s: %d found", len(seq.tokens), request.worker_id, seq.num_cached)
+        return Arrival(seq, state.payload, request.worker_id)
+
+    def _require_peers(self) -> "Peers":
+        from kvbm_jax.peers import Peers  # noqa: PLC0415 (as below)
+
+        if not isinstance(self._peers, Peers):
+            raise ConfigError("this worker has no peers; set `peers` of the configuration, or give a PeerNetwork")
+        return self._peers
+
+    @contextlib.contextmanager
+    def _counted(self, direction: str) -> Iterator[None]:
+        begun, outcome = self._clock.monotonic_ns(), "ok"
+        try:
+            yield
+        except BaseException as error:
+            outcome = next((name for kind, name in _OUTCOMES.items() if isinstance(error, kind)), "failed")
+            raise
+        finally:
+            self._metrics.count("kvbm_migrations_total", direction=direction, outcome=outcome)
+            self._metrics.observe(
+                "kvbm_migration_seconds", (self._clock.monotonic_ns() - begun) / 1e9, direction=direction
+            )
+
+
+def _keys(hashes: NDArray[np.uint32]) -> list[BlockKey]:
+    return [BlockKey(hash_bytes(words)) for words in hashes]
+
+
+def _state_of(seq: Sequence, payload: bytes) -> "SequenceState":
+    from kvbm_jax.transfer.handover import SequenceState  # noqa: PLC0415 (sockets, which a worker alone has no use for)
+
+    return SequenceState(
+        np.array(seq.tokens, "<u4").tobytes(),
+        seq.salt,
+        seq.tenant,
+        seq.lora_name,
+        tuple(seq.multimodal),
+        seq.priority,
+        bytes(payload),
+    )
