@@ -386,8 +386,8 @@ class BlockPool:
         return np.asarray(self._pool.reset_stack)[: self.stats().reset].copy()
 
     def evict(self, count: int | None = None) -> EvictedBlocks:
-        """Resets `count` inactive blocks, those that the policy evicts first, or all of them."""
-        wanted = self.stats().inactive if count is None else count
+        """Resets `count` inactive blocks, or as many as there are, those that the policy evicts first; None for all."""
+        wanted = self.stats().inactive if count is None else min(count, self._pool.num_blocks)
         self._pool, result = self._verbs.evict(
             self._memory, self._pool, np.int32(wanted), max_count=round_up(max(wanted, 1))
         )

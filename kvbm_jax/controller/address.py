@@ -96,4 +96,6 @@ def check_token(token: str) -> str:
 def _checked(path: Path) -> Path:
     if (length := len(os.fsencode(path))) > _LONGEST_PATH:
         raise ConfigError(f"{path} is {length} bytes long; a Unix socket's path has at most {_LONGEST_PATH}")
+    if "\0" in str(path):
+        raise ConfigError(f"{str(path)!r} has a zero byte in it, which a Unix socket's path cannot have")
     return path

@@ -8,6 +8,7 @@ import logging
 import os
 import socket
 import socketserver
+import stat
 import threading
 from http import HTTPStatus
 from http.server import BaseHTTPRequestHandler
@@ -25,8 +26,10 @@ __all__ = ["Controller"]
 _LOG = logging.getLogger(__name__)
 _PREFIX = "/v1/"
 _LONGEST_BODY = 4 << 20
+_MOST_DIGITS = 10  # of a length that is looked at as a number
 _LONGEST_DRAIN = 64 << 20
 _MOST_CONNECTIONS = 32
+_LOCK_FLAGS = os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
 _POLL_SECONDS = 0.1  # how often the accepting thread looks whether it is to end
 
 
@@ -81,7 +84,7 @@ class Controller(Closing):
 def _owned(path: Path) -> Any:
     """Has this process alone listen at a path; what a process that is gone has left there is removed."""
     try:
-        lock = os.open(path.with_name(path.name + ".lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        lock = os.open(path.with_name(path.name + ".lock"), _LOCK_FLAGS, 0o600)
     except OSError as error:
         raise TransportError(f"the controller cannot listen at unix://{path}: {error.strerror}") from error
     try:
@@ -91,11 +94,31 @@ def _owned(path: Path) -> Any:
             raise TransportError(
                 f"another controller listens at unix://{path}: give this manager a worker_id or an address of its own"
             ) from error
-        path.unlink(missing_ok=True)
+        _clear(path)
         yield
         path.unlink(missing_ok=True)
     finally:
         os.close(lock)
+
+
+def _clear(path: Path) -> None:
+    """Removes the socket of a process that is gone; nothing else."""
+    why = "another program listens there"
+    try:
+        if stat.S_ISSOCK(path.lstat().st_mode):
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                probe.settimeout(_POLL_SECONDS)
+                probe.connect(str(path))
+        else:
+            why = "what stands there is no socket"
+    except FileNotFoundError:
+        return
+    except ConnectionRefusedError:
+        path.unlink(missing_ok=True)
+        return
+    except OSError as error:
+        why = str(error.strerror or error)
+    raise TransportError(f"the controller cannot listen at unix://{path}: {why}; name another path")
 
 
 class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
@@ -108,7 +131,8 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.manager = manager
         self.token = token
         self.is_unix = address.path is not None
-        self._connections: set[Any] = set()
+        self._connections: dict[Any, None] = {}  # the oldest first
+        self._asked: set[Any] = set()  # of these, whose request has been read
         self._changing = threading.Lock()
         where: Any
         if self.is_unix:
@@ -124,28 +148,46 @@ class _Server(socketserver.ThreadingMixIn, socketserver.TCPServer):
             os.chmod(self.server_address, 0o600)  # type: ignore[arg-type] # before anybody can connect
 
     def verify_request(self, request: Any, client_address: Any) -> bool:
+        """Makes room: of too many connections, the oldest that has not asked yet ends."""
         with self._changing:
-            return len(self._connections) < _MOST_CONNECTIONS
+            if len(self._connections) < _MOST_CONNECTIONS:
+                return True
+            for connection in self._connections:
+                if connection not in self._asked:
+                    del self._connections[connection]
+                    _hang_up(connection, socket.SHUT_RDWR)
+                    return True
+        return False
 
     def process_request(self, request: Any, client_address: Any) -> None:
         with self._changing:
-            self._connections.add(request)
+            self._connections[request] = None
         super().process_request(request, client_address)
+
+    def has_asked(self, request: Any) -> None:
+        """Notes that a connection's request has been read: it is carried out, whoever else comes."""
+        with self._changing:
+            self._asked.add(request)
 
     def shutdown_request(self, request: Any) -> None:
         with self._changing:
-            self._connections.discard(request)
+            self._connections.pop(request, None)
+            self._asked.discard(request)
         super().shutdown_request(request)
 
     def hang_up(self) -> None:
         """Has connections end that have not asked yet."""
         with self._changing:
             for connection in self._connections:
-                with contextlib.suppress(OSError):  # the peer has gone
-                    connection.shutdown(socket.SHUT_RD)
+                _hang_up(connection, socket.SHUT_RD)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         _LOG.exception("a connection to the controller failed")
+
+
+def _hang_up(connection: Any, how: int) -> None:
+    with contextlib.suppress(OSError):  # the peer has gone
+        connection.shutdown(how)
 
 
 class _Refusal(Exception):  # noqa: N818 (an answer, told to the caller as such)
@@ -188,7 +230,7 @@ class _Handler(BaseHTTPRequestHandler):
             status = self._STATUS.get(type(error), HTTPStatus.INTERNAL_SERVER_ERROR)
             answer = _told(type(error).__name__, error)
         except Exception as error:  # noqa: BLE001 (a store or a sink may raise anything: the operator is told)
-            _LOG.exception("a command failed: %s", self.path)
+            _LOG.exception("a command failed: %r", self.path)
             status, answer = HTTPStatus.INTERNAL_SERVER_ERROR, _told("KvbmError", f"{type(error).__name__}: {error}")
         self._send(status, answer, {})
 
@@ -199,7 +241,9 @@ class _Handler(BaseHTTPRequestHandler):
             raise _Refusal(HTTPStatus.NOT_FOUND, f"{self.path}: there are {', '.join(_PREFIX + n for n in COMMANDS)}")
         if self.command == "GET" and not COMMANDS[name].is_safe:
             raise _Refusal(HTTPStatus.METHOD_NOT_ALLOWED, f"{self.path} is asked by POST", Allow="POST")
-        return carry_out(name, self.server.manager, self._read() if self.command == "POST" else b"")
+        body = self._read() if self.command == "POST" else b""
+        self.server.has_asked(self.connection)
+        return carry_out(name, self.server.manager, body)
 
     def _check_caller(self) -> None:
         token = self.server.token
@@ -229,14 +273,17 @@ class _Handler(BaseHTTPRequestHandler):
         length = self.headers.get("Content-Length", "")
         if not (length.isascii() and length.isdecimal()):
             raise _Refusal(HTTPStatus.LENGTH_REQUIRED, "send a Content-Length")
-        if int(length[:20]) > _LONGEST_BODY:
-            raise _Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{length} bytes; at most {_LONGEST_BODY:,} are read")
+        digits = length.lstrip("0") or "0"
+        if len(digits) > _MOST_DIGITS or (size := int(digits)) > _LONGEST_BODY:
+            raise _Refusal(
+                HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"{digits:.20} bytes; at most {_LONGEST_BODY:,} are read"
+            )
         try:
-            body = self.rfile.read(int(length))
+            body = self.rfile.read(size)
         except OSError as error:
-            raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, f"the rest of {length} bytes did not come: {error}") from error
-        if len(body) < int(length):
-            raise _Refusal(HTTPStatus.BAD_REQUEST, f"{len(body)} bytes of {length} came")
+            raise _Refusal(HTTPStatus.REQUEST_TIMEOUT, f"the rest of {size} bytes did not come: {error}") from error
+        if len(body) < size:
+            raise _Refusal(HTTPStatus.BAD_REQUEST, f"{len(body)} bytes of {size} came")
         return body
 
     def _drain(self) -> None:
@@ -260,7 +307,7 @@ class _Handler(BaseHTTPRequestHandler):
             for piece in pieces:
                 self.wfile.write(piece.encode())
         except OSError as error:
-            _LOG.info("who asked %s is gone: %s", self.path, error)
+            _LOG.info("who asked %r is gone: %s", self.path, error)
 
     def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
         """Answers what is no HTTP that is spoken here, as all else is answered."""
@@ -268,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
         self._send(status, _told("TransportError", message or status.phrase), {})
 
     def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 (http.server's name)
-        _LOG.debug("controller: " + format, *args)
+        _LOG.debug("controller: %r", format % args)
 
 
 def _told(kind: str, what: object) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """The controller over real sockets: who may ask, what is answered, and a manager that serves meanwhile."""
 
+import contextlib
 import http.client
 import json
 import logging
@@ -98,7 +99,8 @@ def test_commands_do_what_the_manager_does(manager, client):
     }
     assert [row["tier"] for row in client.ask("snapshot", tier="g2")["blocks"]] == ["g2"]
     assert client.ask("reset", tier="g2") == {"blocks": {"g2": 1}}
-    assert client.ask("reset", all=True) == {"blocks": {"g1": 1}}
+    assert client.ask("evict", blocks=10**30) == {"blocks": 1}
+    assert client.ask("reset", all=True) == {"blocks": {"g2": 1}}
     assert client.ask("unpin", hashes=hex_of(kept)[:1]) == {"blocks": 1}
     assert client.ask("unpin", all=True) == {"blocks": 1}
     assert client.ask("reset", hashes=hex_of(kept)) == {"blocks": {"g1": 2}}
@@ -287,6 +289,7 @@ def test_a_folder_planted_by_another_is_refused(tmp_path, monkeypatch):
         ("http://user:pass@127.0.0.1:0", "is no address of a controller"),
         ("http://127.0.0.1:99999", "is no address of a controller: Port out of range"),
         ("unix://relative", "is no address of a controller"),
+        ("unix:///a%00b", "has a zero byte in it"),
         ("unix:///" + "x" * 120, "is 121 bytes long; a Unix socket's path has at most 107"),
     ],
 )
@@ -303,6 +306,36 @@ def test_an_address_that_cannot_be_had_is_told(manager):
     ) as told:
         Controller(manager, "unix:///nowhere/at/all")
     assert isinstance(told.value, OSError)
+
+
+def test_what_stands_at_a_path_is_nobodys_but_a_dead_controllers(manager, tmp_path):
+    (tmp_path / "notes").write_text("precious")
+    (tmp_path / "link.lock").symlink_to(tmp_path / "made")
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(tmp_path / "other"))
+        other.listen()
+        for name, message in {
+            "notes": "notes: what stands there is no socket; name another path",
+            "": ": what stands there is no socket",
+            "other": "other: another program listens there",
+            "link": "cannot listen at",
+        }.items():
+            with pytest.raises(TransportError, match=message):
+                Controller(manager, f"unix://{tmp_path}/{name}")
+    assert (tmp_path / "notes").read_text() == "precious"
+    assert not (tmp_path / "made").exists()
+    with Controller(manager, f"unix://{tmp_path}/other") as controller:  # nobody listens there any more
+        assert ControlClient(controller.url).ask("status")["num_blocks"] == 8
+
+
+def test_who_connects_and_asks_nothing_keeps_nobody_out(manager):
+    with Controller(manager, "http://127.0.0.1:0", token=TOKEN) as controller, contextlib.ExitStack() as opened:
+        port = int(controller.url.rpartition(":")[2])
+        for _ in range(40):  # more than a controller has room for, each in the middle of a header
+            idle = opened.enter_context(socket.create_connection(("127.0.0.1", port)))
+            idle.sendall(b"GET /v1/status HTTP/1.1\r\nX: ")
+        for _ in range(3):
+            assert ControlClient(controller.url, token=TOKEN).ask("status")["num_blocks"] == 8
 
 
 @pytest.mark.parametrize("count", [0, 1, 1000, 2001])
@@ -379,6 +412,13 @@ def test_http_that_is_not_spoken_here_is_answered_in_json(manager):
         assert ask(here, "POST", "/v1/reset", b"\xff", **typed)[0] == 400
         assert ask(here, "POST", "/v1/reset", b" " * (5 << 20), **typed)[0] == 413
         assert ask(here, "POST", "/v1/reset", iter([b"{}"]), **typed)[0] == 411
+        for length, status in (
+            ("9" * 5000, 413),
+            ("0" * 20 + "99999999999", 413),
+            ("0" * 5000 + "2", 400),
+            ("-2", 411),
+        ):
+            assert ask(here, "POST", "/v1/reset", b"{}", **typed, Content_Length=length)[0] == status
         status, answer = ask(here, "GET", "/v1/" + "x" * 70_000)
         assert (status, answer["error"]["type"]) == (414, "TransportError")
 
