@@ -27,9 +27,20 @@ from kvbm_jax.events.columns import offsets_of
 from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEventBatch
 from kvbm_jax.protocols import Tier
 
-__all__ = ["MAX_MESSAGE_BYTES", "EventCodec", "batch_of", "check_version", "fields_of", "total"]
+__all__ = [
+    "MAX_MESSAGE_BYTES",
+    "MAX_MESSAGE_EVENTS",
+    "EventCodec",
+    "batch_of",
+    "check_count",
+    "check_version",
+    "fields_of",
+    "total",
+]
 
-MAX_MESSAGE_BYTES = 64 << 20
+MAX_MESSAGE_BYTES = 16 << 20
+MAX_MESSAGE_EVENTS = 1 << 20  # for one byte of a message may stand for an event of a hundred
+_LONGEST_REASON = 300  # characters of an error, which may quote the message
 
 
 class EventCodec(Protocol):
@@ -78,9 +89,21 @@ def total[**P](decode: Callable[P, tuple[KvEventBatch, ...]]) -> Callable[P, tup
         try:
             return decode(*args, **kwargs)
         except (msgspec.MsgspecError, UnicodeError, LayoutError, OverflowError, RecursionError) as error:
-            raise EventDecodeError(f"{len(data):,} bytes are no {codec.name} message of events: {error}") from error
+            raise EventDecodeError(
+                f"{len(data):,} bytes are no {codec.name} message of events: {error!s:.{_LONGEST_REASON}}"
+            ) from error
 
     return whole
+
+
+def check_count(count: int) -> None:
+    """Refuses messages of too many events, before there is a column of them.
+
+    Raises:
+      EventDecodeError: There are more than are read.
+    """
+    if count > MAX_MESSAGE_EVENTS:
+        raise EventDecodeError(f"a message of {count:,} events; at most {MAX_MESSAGE_EVENTS:,} are read")
 
 
 def check_version(version: int) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import LayoutError
-from kvbm_jax.events.codec import total
+from kvbm_jax.events.codec import check_count, total
 from kvbm_jax.events.runs import Run, runs
 from kvbm_jax.events.schema import EventType, KvEvent, KvEventBatch
 from kvbm_jax.hashing import block_hashes, to_wire
@@ -90,9 +90,15 @@ class DynamoCodec:
     @total
     def decode(self, data: bytes, /, first_event_id: int = 0) -> tuple[KvEventBatch, ...]:
         """Returns the batches of all lines, one of each line that is not empty."""
-        events = [_DECODER.decode(line) for line in data.split(b"\n") if line.strip()]
-        rows = [self._rows(event) for event in events]
-        return tuple(KvEventBatch.from_events(found) for found in rows if found)
+        count, batches = 0, []
+        for line in data.split(b"\n"):
+            if not line.strip():
+                continue
+            event = _DECODER.decode(line)
+            check_count(count := count + _num_events(event))
+            if rows := self._rows(event):
+                batches.append(KvEventBatch.from_events(rows))
+        return tuple(batches)
 
     def _rows(self, event: _Event) -> list[KvEvent]:
         def row(kind: EventType, index: int = 0, **fields: Any) -> KvEvent:
@@ -123,6 +129,14 @@ class DynamoCodec:
                 for i, block_hash in enumerate(event.data.removed.block_hashes)
             ]
         return found
+
+
+def _num_events(event: _Event) -> int:
+    """How many blocks a line tells of."""
+    if not isinstance(event.data, _Data):
+        return 1
+    stored, removed = event.data.stored, event.data.removed
+    return (len(stored.blocks) if stored else 0) + (len(removed.block_hashes) if removed else 0)
 
 
 def _say(batch: KvEventBatch, run: Run, hashes: NDArray[np.uint64]) -> _Data | Literal["cleared"] | None:

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError, LayoutError
-from kvbm_jax.events.codec import total
+from kvbm_jax.events.codec import MAX_MESSAGE_EVENTS, check_count, total
 from kvbm_jax.events.columns import hash_rows, offsets_of
 from kvbm_jax.events.runs import Run, runs
 from kvbm_jax.events.schema import EventType, KvEventBatch, Shared
@@ -56,6 +56,7 @@ _SHORT_MESSAGE = 512  # bytes
 type _Hash = int | bytes
 type _Hashes = list[_Hash] | msgspec.Raw  # as they are, or unread
 type _Tokens = list[int] | msgspec.Raw
+type _Few[T] = Annotated[list[T], msgspec.Meta(max_length=MAX_MESSAGE_EVENTS)]
 
 
 class _OfGroup(msgspec.Struct, frozen=True, gc=False, kw_only=True):
@@ -85,7 +86,7 @@ class _Cleared(msgspec.Struct, tag_field="type", tag="AllBlocksCleared", frozen=
 
 class _Batch[H: _Hashes, T: _Tokens](msgspec.Struct, array_like=True, frozen=True, gc=False):
     ts: float
-    events: list[_Stored[H, T] | _Removed[H] | _Cleared]
+    events: _Few[_Stored[H, T] | _Removed[H] | _Cleared]
     dp_rank: int | None = None
 
 
@@ -105,7 +106,7 @@ class _ClearedArray(_Cleared, tag="AllBlocksCleared", array_like=True, frozen=Tr
 
 class _ArrayBatch(msgspec.Struct, array_like=True, frozen=True, gc=False):
     ts: float
-    events: list[_StoredArray | _RemovedArray | _ClearedArray]
+    events: _Few[_StoredArray | _RemovedArray | _ClearedArray]
     dp_rank: int | None = None
 
 
@@ -118,7 +119,7 @@ _DECODER = msgspec.msgpack.Decoder(_Batch[msgspec.Raw, msgspec.Raw])
 _SHORT_DECODER = msgspec.msgpack.Decoder(_Batch[list[int | bytes], _TokenList])
 _ARRAY_DECODER = msgspec.msgpack.Decoder(_ArrayBatch)
 _TOKENS = msgspec.msgpack.Decoder(_TokenList)
-_HASHES = msgspec.msgpack.Decoder(list[int | bytes])
+_HASHES = msgspec.msgpack.Decoder(_Few[int | bytes])
 
 
 class EngineCodec:
@@ -299,7 +300,7 @@ def _tier(medium: str | msgspec.UnsetType | None) -> int:
     if not isinstance(medium, str):
         return 1
     if medium.upper() not in _TIERS:
-        raise EventDecodeError(f"medium {medium!r} is none of {', '.join(_TIERS)}")
+        raise EventDecodeError(f"medium {medium!r:.50} is none of {', '.join(_TIERS)}")
     return _TIERS[medium.upper()]
 
 
@@ -328,6 +329,9 @@ def _one_stored(
         raise EventDecodeError(f"group_idx = {group_idx}: out of bounds of 32 bits")
     if not count:
         return None
+    check_count(count)
+    if not 0 <= first_event_id <= 2**64 - count:
+        raise EventDecodeError(f"ids of {count} events from {first_event_id} on are more than 64 bits can count")
     return KvEventBatch.of_shared(
         Shared(
             EventType.CREATED,
@@ -359,6 +363,7 @@ class _Rows:
         self._timestamp = timestamp
         self._dp_rank = dp_rank
         self._done: list[KvEventBatch] = []
+        self._num_events = 0
         self._begin()
 
     def _begin(self) -> None:
@@ -399,7 +404,10 @@ class _Rows:
         lora: str | None = None,
     ) -> None:
         group_idx = group if isinstance(group, int) else 0
-        self._rows.append((len(hashes) // _HASH_BYTES, code, tier, group_idx, tokens_each, lora))
+        count = len(hashes) // _HASH_BYTES
+        self._num_events += count
+        check_count(self._num_events)
+        self._rows.append((count, code, tier, group_idx, tokens_each, lora))
         self._hashes.append(hashes)
         self._parents.append(parents)
 

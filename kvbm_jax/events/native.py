@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError
-from kvbm_jax.events.codec import batch_of, check_version, fields_of, total
+from kvbm_jax.events.codec import MAX_MESSAGE_EVENTS, batch_of, check_count, check_version, fields_of, total
 from kvbm_jax.events.columns import from_bytes, from_numbers, hash_rows, to_bytes, to_numbers
 from kvbm_jax.events.schema import SCHEMA_VERSION, EventType, KvEventBatch, Shared
 
@@ -22,6 +22,7 @@ _TYPES = tuple(EventType)
 _NO_HASH = bytes(16)
 
 type _Count = Annotated[int, msgspec.Meta(ge=0, le=2**32 - 1)]
+type _OfEvents[T] = Annotated[tuple[T, ...], msgspec.Meta(max_length=MAX_MESSAGE_EVENTS)]
 type _Hex = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 
@@ -32,9 +33,9 @@ class _Head(msgspec.Struct, omit_defaults=True, frozen=True, kw_only=True):
     worker_id: str
     block_size: _Count
     dp_rank: _Count = 0
-    lora_names: tuple[str | None, ...] = ()
-    to_workers: tuple[str | None, ...] = ()
-    metadata: tuple[dict[str, str], ...] = ()
+    lora_names: _OfEvents[str | None] = ()
+    to_workers: _OfEvents[str | None] = ()
+    metadata: _OfEvents[dict[str, str]] = ()
 
 
 class _Packed(_Head, omit_defaults=True, frozen=True, kw_only=True):
@@ -100,7 +101,7 @@ class MsgpackCodec:
         """Returns the batch of a message."""
         found = _UNPACK.decode(data)
         check_version(found.schema_version)
-        count = len(found.event_types)
+        check_count(count := len(found.event_types))
 
         def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
             return from_bytes(name, getattr(found, name), dtype, count)
@@ -144,7 +145,7 @@ class JsonCodec:
         """Returns the batch of a message."""
         found = _READ.decode(data)
         check_version(found.schema_version)
-        count = len(found.event_types)
+        check_count(count := len(found.event_types))
 
         def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
             return from_numbers(getattr(found, name), dtype, count)

@@ -11,7 +11,7 @@ from kvbm_jax.transports.first_time import FirstTime
 __all__ = ["Encoder"]
 
 _LOG = logging.getLogger(__name__)
-_UNSENT = (KvbmError, UnicodeError, OverflowError)  # what a codec says of a batch that it has no words for
+_UNSENT = (KvbmError, TypeError, ValueError, OverflowError)  # what a codec says of a batch that it has no words for
 
 
 class Encoder:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvbm_jax.errors import EventDecodeError
-from kvbm_jax.events.codec import batch_of, check_version, fields_of, total
+from kvbm_jax.events.codec import batch_of, check_count, check_version, fields_of, total
 from kvbm_jax.events.columns import from_bytes, from_numbers, to_bytes, to_numbers
 from kvbm_jax.events.schema import KvEventBatch
 from kvbm_jax.extras import needs
@@ -58,7 +58,7 @@ class ProtobufCodec:
         except DecodeError as error:
             raise EventDecodeError(f"{len(data):,} bytes are no protobuf message of events: {error}") from error
         check_version(found.schema_version)
-        count = len(found.event_types)
+        check_count(count := len(found.event_types))
 
         def column(name: str, dtype: type[np.generic]) -> NDArray[Any]:
             return from_numbers(getattr(found, name), dtype, count)

@@ -33,6 +33,6 @@ def from_batches(batches: Sequence[KvEventBatch]) -> WorkerSnapshot:
         raise EventDecodeError("a snapshot begins with one event that says that the worker is empty")
     rest = batches[1:]
     if any(batch.worker_id != cleared.worker_id for batch in rest):
-        raise EventDecodeError(f"the snapshot of worker {cleared.worker_id!r} has blocks of another")
+        raise EventDecodeError(f"the snapshot of worker {cleared.worker_id!r:.100} has blocks of another")
     created = tuple(batch for batch in rest if len(batch))
     return WorkerSnapshot(cleared.worker_id, (cleared.event_id + 1) % 2**64, cleared.timestamp, created)

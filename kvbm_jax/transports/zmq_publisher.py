@@ -41,6 +41,7 @@ SEQUENCE = struct.Struct(">Q")
 SNAPSHOT = b"snapshot"  # as a sequence, 8 bytes like every other
 END = b"\xff" * 8  # -1
 _CHUNK = 64  # batches between two looks at the queue
+_LONGEST_REQUEST = 4096  # bytes of what readers send, subscriptions included; who sends more is cut off
 _PATIENCE_MS = 1000  # for a reader of replays that does not read
 _POLL_MS = 100
 
@@ -133,6 +134,7 @@ class ZmqKvEventPublisher(Closing):
     def _bind(self, kind: int, endpoint: str, hwm: int) -> tuple["zmq.Socket[bytes]", str]:
         socket = self._context.socket(kind)
         socket.setsockopt(zmq.SNDHWM, hwm)
+        socket.setsockopt(zmq.MAXMSGSIZE, _LONGEST_REQUEST)
         try:
             socket.bind(endpoint)
         except zmq.ZMQError as error:

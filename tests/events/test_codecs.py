@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 
 import msgspec
 import numpy as np
@@ -8,7 +9,7 @@ from native_codec import NativeCodec
 
 from kvbm_jax.errors import EventDecodeError, LayoutError
 from kvbm_jax.events import EventType, KvEvent, KvEventBatch
-from kvbm_jax.events.codec import MAX_MESSAGE_BYTES
+from kvbm_jax.events.codec import MAX_MESSAGE_BYTES, MAX_MESSAGE_EVENTS
 from kvbm_jax.protocols import Tier
 
 pytestmark = pytest.mark.core
@@ -84,7 +85,7 @@ def test_fields_of_the_future_are_passed_over():
 
 @pytest.mark.parametrize("codec", [*NATIVE.values(), *FOREIGN.values()], ids=lambda codec: codec.name)
 def test_very_long_messages_are_refused_before_they_are_read(codec):
-    with pytest.raises(EventDecodeError, match="a message of 67,108,865 bytes; at most 67,108,864"):
+    with pytest.raises(EventDecodeError, match="a message of 16,777,217 bytes; at most 16,777,216"):
         codec.decode(bytes(MAX_MESSAGE_BYTES + 1))
 
 
@@ -111,6 +112,56 @@ def told():
         KvEvent(EventType.DELETED, 0, tier=Tier.G1, group_idx=5, sequence_hash=short(H3), event_id=2, **shared),
         KvEvent(EventType.CLEARED, 0, event_id=3, **shared),
     ]
+
+
+MANY = MAX_MESSAGE_EVENTS + 1
+HEAD = {"schema_version": 1, "worker_id": "w", "block_size": 4}
+
+
+def stored(**fields):
+    """A BlockStored of another writer."""
+    usual = {"block_hashes": [5], "parent_block_hash": None, "token_ids": [1], "block_size": 1}
+    return {"type": "BlockStored", **usual, **fields}
+
+
+@pytest.mark.parametrize(
+    ("codec", "data"),
+    [
+        (NATIVE["msgpack"], msgspec.msgpack.encode({**HEAD, "event_types": bytes(MANY)})),
+        (NATIVE["msgpack"], msgspec.msgpack.encode({**HEAD, "event_types": b"\0", "metadata": [{}] * MANY})),
+        (NATIVE["json"], msgspec.json.encode({**HEAD, "event_types": ["created"] * MANY})),
+        (ENGINE, msgspec.msgpack.encode([1.0, [stored(block_hashes=[1] * MANY, token_ids=[])]])),
+        (ENGINE, msgspec.msgpack.encode([1.0, [stored(block_hashes=[1] * (MANY // 2 + 1), token_ids=[])] * 2])),
+        (ENGINE, msgspec.msgpack.encode([1.0, [{"type": "BlockRemoved", "block_hashes": [2**40] * MANY}]])),
+        (DYNAMO, msgspec.json.encode({"event_id": 0, "data": {"removed": {"block_hashes": [1] * MANY}}})),
+    ],
+    ids=["msgpack", "msgpack metadata", "json", "engine", "engine in parts", "engine wide", "dynamo"],
+)
+def test_short_messages_of_very_many_events_are_refused(codec, data):
+    tracemalloc.start()
+    try:
+        with pytest.raises(EventDecodeError, match=r"at most 1,048,576 are read|length <= 1048576"):
+            codec.decode(data)
+        assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_errors_do_not_quote_whole_messages():
+    for codec, data in [
+        (ENGINE, msgspec.msgpack.encode([1.0, [stored(medium="x" * 1_000_000)]])),
+        (NATIVE["json"], msgspec.json.encode({**HEAD, "event_types": ["x" * 1_000_000]})),
+    ]:
+        with pytest.raises(EventDecodeError) as told:
+            codec.decode(data)
+        assert len(str(told.value)) < 500
+
+
+def test_ids_that_would_not_fit_are_refused():
+    data = msgspec.msgpack.encode([1.0, [stored()]])
+    assert [event.event_id for event in ENGINE.decode(data, 2**64 - 1)[0]] == [2**64 - 1]
+    with pytest.raises(EventDecodeError, match="more than 64 bits can count"):
+        ENGINE.decode(data, 2**64)
 
 
 def test_engine_messages_are_the_golden_bytes():

@@ -11,7 +11,7 @@ from event_transports import zmq_publisher as publisher
 from event_transports import zmq_subscription as subscribe
 
 from kvbm_jax.errors import ConfigError, TransportError
-from kvbm_jax.events import EngineCodec, EventGap, EventType, KvEventBatch
+from kvbm_jax.events import EngineCodec, EventGap, EventType, KvEventBatch, MsgpackCodec
 from kvbm_jax.transports.zmq_publisher import ZmqKvEventPublisherConfig
 from kvbm_jax.transports.zmq_subscriber import ZmqKvEventSubscriberConfig, subscribe_zmq
 
@@ -186,6 +186,16 @@ def test_nonsense_is_passed_over(context):
             socket.send_multipart(frames)
         assert ask(context, source, bytes(8)) == []
         assert not socket.poll(0)
+        with (
+            context.socket(zmq.DEALER) as shouting,
+            shouting.get_monitor_socket(zmq.EVENT_DISCONNECTED) as watch,
+        ):
+            shouting.setsockopt(zmq.LINGER, 0)
+            shouting.connect(source.replay_endpoint)
+            shouting.send_multipart([b"", bytes(1 << 20)])
+            assert watch.poll(10_000), "who sends too much is cut off"
+            shouting.disable_monitor()
+        assert ask(context, source, bytes(8)) == []
 
 
 def test_payloads_that_are_none_are_gaps(context):
@@ -216,11 +226,20 @@ def test_sizes_are_checked(name):
         ZmqKvEventSubscriberConfig(quiet=0)
 
 
-def test_what_a_codec_cannot_say_is_not_sent_and_logged_once(caplog):
-    nameless = KvEventBatch.make(EventType.CREATED, [1], worker_id="w-1", block_size=1, first_event_id=0, timestamp=0)
-    with publisher(codec=EngineCodec()) as source, subscribe(source, codec=None, quiet=0.1) as subscription:
+@pytest.mark.parametrize(
+    ("codec", "what"),
+    [
+        (EngineCodec(), {"metadata": []}),  # no hash
+        (MsgpackCodec(), {"metadata": [{"key": object()}]}),
+        (MsgpackCodec(), {"metadata": [{"key": "\ud800"}]}),
+    ],
+)
+def test_what_a_codec_cannot_say_is_not_sent_and_logged_once(caplog, codec, what):
+    words = {"worker_id": "w-1", "block_size": 1, "first_event_id": 0, "timestamp": 0}
+    unsaid = KvEventBatch.make(EventType.CREATED, [1], **words, **what)
+    with publisher(codec=codec) as source, subscribe(source, codec=codec, quiet=0.1) as subscription:
         for _ in range(3):
-            source.publish(nameless)
+            source.publish(unsaid)
         source.publish(chain(2))
         view = View()
         view.follow(subscription, lambda view: len(view.claims) == 2)
