@@ -15,6 +15,7 @@ __all__ = [
     "FrameError",
     "HashingError",
     "IdentityMismatchError",
+    "InDoubtError",
     "InvariantError",
     "KvbmError",
     "LayoutError",
@@ -88,6 +89,10 @@ class TransferError(KvbmError, ConnectionError):
 
 class PeerLostError(TransferError):
     """A worker cannot be reached, or went away in the middle; what it was to send is a miss."""
+
+
+class InDoubtError(PeerLostError):
+    """A sequence was given to a worker that did not confirm; it may go on there, and was released here."""
 
 
 class FrameError(TransferError, ValueError):

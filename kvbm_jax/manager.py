@@ -374,8 +374,8 @@ class BlockManager:
 
         All its tokens with a slot must be computed. Its whole blocks are pulled by the other worker; what follows them
         is computed there. It ends here then, and what nobody else holds of it is forgotten here, with `migrated`
-        events. Other sequences may go on meanwhile, this one must not. Whatever is raised, it still runs here; only a
-        `PeerLostError` may leave it released, for it may have gone on there.
+        events. Other sequences may go on meanwhile, this one must not. Whatever is raised, it still runs here; only
+        after `InDoubtError`, or an interrupt, it may be released, for it may have gone on there.
 
         Args:
           seq: the sequence.
@@ -392,6 +392,8 @@ class BlockManager:
           IdentityMismatchError: if the other's cache is of another model or layout.
           TransferError: if there is no such peer, or it refuses: nobody takes the sequence, it has no room for it.
           PeerLostError: if the other is gone, or does not answer in time.
+          InDoubtError: if the sequence was given to the other, which did not confirm; it is released here. `resume` it
+            once the other has ended.
         """
         return self._migration.send(seq, to_worker, payload, timeout)
 
@@ -417,8 +419,8 @@ class BlockManager:
         self._device.share(seq.hashes[: seq.num_registered])
 
     @_whole
-    def _give_up(self, seq: Sequence, to_worker: str) -> int:
-        hashes = seq.hashes[: seq.num_registered]
+    def _give_up(self, seq: Sequence, num_tokens: int, to_worker: str) -> int:
+        hashes = seq.hashes[: min(seq.num_registered, num_tokens // self.layout.block_size)]
         self._progress.release(seq)
         return self._device.hand_over([BlockKey(hash_bytes(words)) for words in hashes], to_worker)
 

@@ -16,19 +16,24 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from kvbm_jax.errors import BlockStateError, ConfigError, KvbmError, PeerLostError, TransferError
+from kvbm_jax import logs
+from kvbm_jax.errors import BlockStateError, ConfigError, InDoubtError, KvbmError, PeerLostError, TransferError
 from kvbm_jax.handles import Hasher, Sequence
 from kvbm_jax.hashing import hash_bytes
 from kvbm_jax.protocols import BlockKey, Clock, MetricsSink, PeerBlocks
 
 if TYPE_CHECKING:
     from kvbm_jax.peers import Peers
-    from kvbm_jax.transfer.handover import Presented, SequenceState
+    from kvbm_jax.transfer.handover import HandOver, Presented, SequenceState
 
 __all__ = ["Arrival", "Migration"]
 
 _LOG = logging.getLogger(__name__)
-_OUTCOMES = {PeerLostError: "lost", TransferError: "refused"}  # the first that fits; others have failed
+_OUTCOMES = {
+    InDoubtError: "in_doubt",
+    PeerLostError: "lost",
+    TransferError: "refused",
+}  # the first that fits; others have failed
 
 
 class Arrival(NamedTuple):
@@ -46,7 +51,7 @@ class Acts(NamedTuple):
     share: Callable[[Sequence], None]  # registers what is whole, and has it copied to host memory
     settle: Callable[[], None]  # waits for that
     release: Callable[[Sequence], None]
-    give_up: Callable[[Sequence, str], int]  # releases, and forgets what nobody else holds; returns how many blocks
+    give_up: Callable[[Sequence, int, str], int]  # releases, and forgets what nobody else holds of its first tokens
 
 
 class Migration:
@@ -82,17 +87,11 @@ class Migration:
                 cached = offer.accepted()
                 if seq.released or len(seq.tokens) != count:
                     raise BlockStateError("the sequence has gone on or ended while it was handed over; it stays here")
-                try:
-                    offer.commit()
-                except PeerLostError as error:
-                    self._acts.release(seq)
-                    raise PeerLostError(
-                        f"{to_worker} was lost before it confirmed: it may go on with the sequence, so it is released "
-                        f"here; `resume` it if {to_worker} has ended ({error})"
-                    ) from error
-            blocks = self._acts.give_up(seq, to_worker)
+                self._commit(offer, seq, to_worker)
+            blocks = self._acts.give_up(seq, cached, to_worker)
         _LOG.info(
-            "a sequence of %d tokens went to %s: %d found there, %d blocks given up", count, to_worker, cached, blocks
+            "a sequence went to another worker",
+            extra=logs.fields(to_worker=to_worker, tokens=count, cached=cached, given_up=blocks),
         )
         return cached
 
@@ -108,8 +107,28 @@ class Migration:
                 with self._counted("in"):
                     return self._begin(peers, presented)
             except KvbmError as error:
-                _LOG.warning("a sequence of %s was not taken over: %s", presented.request.worker_id, error)
+                _LOG.warning(
+                    "a sequence was not taken over: %s",
+                    error,
+                    extra=logs.fields(from_worker=presented.request.worker_id),
+                )
         return None
+
+    def _commit(self, offer: "HandOver", seq: Sequence, to_worker: str) -> None:
+        """Gives a sequence away. Whatever breaks in, it goes on here only if the other says that it will not."""
+        try:
+            refusal = offer.commit()
+        except BaseException as error:
+            if not seq.released:
+                self._acts.release(seq)
+            if not isinstance(error, TransferError):  # an interrupt, say
+                raise
+            raise InDoubtError(
+                f"{to_worker} did not confirm: it may go on with the sequence, which is released here; `resume` it if "
+                f"{to_worker} has ended ({error})"
+            ) from error
+        if refusal is not None:
+            raise TransferError(f"{to_worker} has let go of the sequence: {refusal}")
 
     def _begin(self, peers: "Peers", presented: "Presented") -> Arrival:
         request = presented.request
@@ -132,7 +151,10 @@ class Migration:
         if not presented.accept(seq.num_cached):
             self._acts.release(seq)
             raise PeerLostError(f"{request.worker_id} has kept the sequence, or is gone")
-        _LOG.info("a sequence of %d tokens came from %s: %d found", len(seq.tokens), request.worker_id, seq.num_cached)
+        _LOG.info(
+            "a sequence came from another worker",
+            extra=logs.fields(from_worker=request.worker_id, tokens=len(seq.tokens), cached=seq.num_cached),
+        )
         return Arrival(seq, state.payload, request.worker_id)
 
     def _require_peers(self) -> "Peers":

@@ -119,15 +119,17 @@ class HandOver(Closing):
             raise TransferError(f"the peer refuses: {answer.reason}")
         return answer.num_cached
 
-    def commit(self) -> None:
-        """Gives the sequence away.
+    def commit(self) -> str | None:
+        """Gives the sequence away; returns None, or why the destination has let go of it already.
 
         Raises:
-          PeerLostError: The destination was gone before it could confirm: it may have gone on before that.
-          TransferError: It has let go of the sequence already.
+          TransferError: The destination was gone before it could confirm, or said what makes no sense: it may have
+            gone on, as after anything else that is raised in the middle of this.
         """
         self._frames.stream.patience(_GRACE)
-        self._frames.ask(Commit(), _DONE)
+        self._frames.send(Commit())
+        answer = self._frames.receive(_DONE)
+        return answer.reason if isinstance(answer, Refused) else None
 
     def close(self) -> None:
         """Ends the conversation."""
