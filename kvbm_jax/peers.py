@@ -15,6 +15,7 @@ import logging
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +26,7 @@ from kvbm_jax.config import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError, IdentityMismatchError, LayoutError, TransferError
 from kvbm_jax.events import PrefixIndex, Subscription
 from kvbm_jax.offload.host import HostBlockStore
-from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome
+from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome, WorkerRecord
 from kvbm_jax.transfer import PeerServer, Puller, SocketConfig, open_engine
 from kvbm_jax.transfer.directory import Offer, PeerDirectory
 from kvbm_jax.transfer.handover import Arrivals, HandOver, Migrate, Presented, SequenceState
@@ -46,7 +47,7 @@ class PeerNetwork:
     events: Sequence[Subscription] = ()  # what the others tell
     engine: str = "auto"  # what moves bytes: nixl, tcp, or the better one that is there
     sockets: SocketConfig = field(default_factory=SocketConfig)
-    timeout: float = 10.0  # seconds that a pull may take
+    timeout: float = 10.0  # seconds that a request may wait for peers
     tokens_per_second: float | None = None  # what this worker computes of a prompt; None: pulling is always worth it
 
 
@@ -73,6 +74,13 @@ def open_network(config: KvBlockManagerConfig) -> PeerNetwork | None:
         sockets=sockets,
         tokens_per_second=config.prefill_tokens_per_second,
     )
+
+
+class _Came(NamedTuple):
+    """What a pull has brought of a prefix."""
+
+    blocks: int
+    more: bool  # whether the peer may be asked for what comes after them
 
 
 class PullCost:
@@ -137,6 +145,7 @@ class Peers(Closing):
         clock: Clock,
     ) -> None:
         self._clock = clock
+        self._timeout = network.timeout
         self._cost = PullCost(block_size, network.tokens_per_second)
         self._worker_id = worker_id
         self._fingerprint = store.identity.fingerprint
@@ -195,28 +204,22 @@ class Peers(Closing):
         return blocks if self._cost.worth(blocks) else 0
 
     def read(self, keys: Sequence[BlockKey], out: NDArray[np.uint8]) -> int:
-        """Pulls the longest prefix of n blocks that peers have into rows u8[n, P]; returns how many came, verified."""
-        came = 0
+        """Pulls the longest prefix of n blocks that peers have into rows u8[n, P].
+
+        Returns:
+          How many came, verified, within the network's time-out, which is for all of them.
+        """
+        came, end = 0, self._clock.monotonic_ns() + round(self._timeout * 1e9)
         for offer in self._offers(keys):
-            wanted = keys[came : offer.blocks]
-            if not wanted:
-                break
-            begun = self._clock.monotonic_ns()
-            try:
-                pulled = self._puller.pull(offer.record, wanted)
-            except (IdentityMismatchError, LayoutError) as error:
-                _LOG.warning("blocks of %s are not used: %s", offer.record.worker_id, error)
-                self._directory.lost(offer.record.worker_id)
-                continue
-            with pulled:
-                good = next((i for i, row in enumerate(pulled.rows) if row.outcome is not Outcome.OK), len(wanted))
-                for place, block in pulled.blocks():
-                    if place < good:
-                        out[came + place] = block
-            self._cost.learn(good, (self._clock.monotonic_ns() - begun) / 1e9)
-            missed = [key for key, row in zip(wanted, pulled.rows, strict=True) if row.outcome is Outcome.MISS]
-            self._directory.missed(offer.record.worker_id, missed)
-            came += good
+            while came < offer.blocks:  # no more at a time than can land
+                left = (end - self._clock.monotonic_ns()) / 1e9
+                if left <= 0:
+                    return came
+                wanted = keys[came : min(offer.blocks, came + _LANDING_BLOCKS)]
+                good = self._pull(offer.record, wanted, out[came:], left)
+                came += good.blocks
+                if not good.more:
+                    break
         return came
 
     @contextlib.contextmanager
@@ -255,6 +258,26 @@ class Peers(Closing):
     def close(self) -> None:
         """Is found no more, serves and pulls no more. Idempotent."""
         self._opened.close()
+
+    def _pull(self, record: WorkerRecord, keys: Sequence[BlockKey], out: NDArray[np.uint8], seconds: float) -> _Came:
+        """Pulls the longest prefix of n blocks that a peer has and can lend now into the first rows of `out`."""
+        begun = self._clock.monotonic_ns()
+        try:
+            pulled = self._puller.pull(record, keys, timeout=seconds)
+        except (IdentityMismatchError, LayoutError) as error:
+            _LOG.warning("blocks of %s are not used: %s", record.worker_id, error)
+            self._directory.lost(record.worker_id)
+            return _Came(0, more=False)
+        with pulled:
+            outcomes = [row.outcome for row in pulled.rows]
+            good = next((i for i, outcome in enumerate(outcomes) if outcome is not Outcome.OK), len(keys))
+            for place, block in pulled.blocks():
+                if place < good:
+                    out[place] = block
+        self._cost.learn(good, (self._clock.monotonic_ns() - begun) / 1e9)
+        missed = [key for key, outcome in zip(keys, outcomes, strict=True) if outcome is Outcome.MISS]
+        self._directory.missed(record.worker_id, missed)
+        return _Came(good, more=good > 0 and (good == len(keys) or outcomes[good] is Outcome.REFUSED))
 
     def _offers(self, keys: Sequence[BlockKey]) -> list[Offer]:
         """Who can serve how much of `keys`, the most first."""

@@ -1,9 +1,10 @@
+import itertools
 import json
 
 import numpy as np
 import pytest
 
-from benchmarks import gpu, moving
+from benchmarks import gpu, moving, workers
 from benchmarks.cases import FULL, all_cases, distinct
 from benchmarks.measuring import Clock, Row, format_row, tell, told
 from kvbm_jax.kernels.configs import CopyConfig
@@ -162,3 +163,25 @@ def test_numbers_in_no_order_are_distinct():
         numbers = distinct(3, limit, count).tolist()
         assert len(set(numbers)) == count
         assert max(numbers) == numbers[count // 2] == limit
+
+
+@pytest.mark.long
+@pytest.mark.timeout(900)
+def test_workers_that_share_find_more_and_nothing_wrong(tmp_path, capsys):
+    pytest.importorskip("nats")
+    rng = np.random.default_rng(0)
+    talks, fresh, lines = [[] for _ in range(24)], itertools.count(), []
+    for talk in rng.integers(0, len(talks), 400):
+        talks[talk] = (talks[talk] if len(talks[talk]) < 12 else []) + [next(fresh), next(fresh)]
+        lines.append(json.dumps({"hash_ids": talks[talk]}))
+    trace = tmp_path / "trace.jsonl"
+    trace.write_text("\n".join(lines))
+    workers.main([str(trace), "--device-blocks", "24", "--host-blocks", "60", "--json"])
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    one, apart, sharing, overlap = told["rows"]
+    assert told["met"]["right"]
+    assert [row["wrong"] + row["rejected"] for row in told["rows"]] == [0] * 4
+    assert apart["hits"].get("g4", 0) == one["hits"].get("g4", 0) == 0
+    assert sharing["hits"]["g4"] > 0
+    assert apart["hit_rate"] + 0.05 < sharing["hit_rate"] <= one["hit_rate"]
+    assert overlap["busiest"] < 0.6

@@ -78,6 +78,13 @@ def test_a_workers_own_tiers_come_first_and_the_peers_go_on(workers):
     assert pulled(second, prompt(0, 6), 6) == {Tier.G1: 2 * SIZE, Tier.G4: 4 * SIZE}
 
 
+def test_a_prefix_that_is_longer_than_what_may_land_at_a_time_is_pulled_in_parts(workers, monkeypatch):
+    monkeypatch.setattr("kvbm_jax.peers._LANDING_BLOCKS", 4)
+    first, second = workers(), workers()
+    shared(first, prompt(0, 6))
+    assert pulled(second, prompt(0, 6), 6) == {Tier.G4: 6 * SIZE}
+
+
 def test_a_peer_that_is_gone_is_a_miss(workers):
     first, second = workers(), workers(network={"timeout": 2.0})
     shared(first, prompt(0, 3))

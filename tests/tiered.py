@@ -36,6 +36,12 @@ def prompt(first, blocks, tail=1):
     return list(range(first, first + blocks * SIZE + tail))
 
 
+def configuration(num_blocks=8, **config):
+    """Of a manager whose blocks `contents` fills."""
+    values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
+    return KvBlockManagerConfig(**(values | {"dtype": "float32"} | config))
+
+
 def make(
     num_blocks=8,
     max_sequences=1,
@@ -46,9 +52,8 @@ def make(
     network=None,
     **config,
 ):
-    values = {"block_size": SIZE, "num_blocks": num_blocks, "num_layers": LAYERS, "num_kv_heads": 1, "head_dim": 2}
     return BlockManager(
-        KvBlockManagerConfig(**(values | {"dtype": "float32"} | config)),
+        configuration(num_blocks, **config),
         max_sequences=max_sequences,
         max_sequence_tokens=WIDTH,
         metrics=metrics,

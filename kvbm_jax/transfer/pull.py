@@ -14,6 +14,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +45,7 @@ __all__ = ["Pulled", "Puller"]
 
 _LOG = logging.getLogger(__name__)
 _WINDOW_BYTES = 8 << 20
+_LEAST_PATIENCE = 0.001  # seconds
 _LEASE_MARGIN = 2.0  # seconds that a lease outlives the time of its pull
 
 
@@ -201,7 +203,7 @@ class Puller(Closing):
         deadline = self._clock.monotonic_ns() + round(timeout * 1e9)
         remote: RemoteWorker | None = None
         try:
-            remote = self._remote(record)
+            remote = self._remote(record, timeout)
             landing = self._landing(remote.slots.nbytes)
             reading = Reading(
                 remote,
@@ -243,15 +245,16 @@ class Puller(Closing):
             landing.give_back(landed.values())
         return Pulled(rows, lambda: zip(landed, converted, strict=True), lambda: None)
 
-    def _remote(self, record: WorkerRecord) -> RemoteWorker:
-        """Returns the connection with a peer, a new one if there is none or the peer was started anew."""
+    def _remote(self, record: WorkerRecord, seconds: float) -> RemoteWorker:
+        """Returns the connection with a peer, one made within so many seconds if there is none or it began anew."""
         with self._lock:
             found = self._remotes.get(record.worker_id)
         if found is not None and found.record == record:
             return found
         if found is not None:
             self._drop(found)
-        remote = RemoteWorker(record, self._identity, self._engine, self._config, self._worker_id)
+        config = replace(self._config, patience=min(self._config.patience, max(seconds, _LEAST_PATIENCE)))
+        remote = RemoteWorker(record, self._identity, self._engine, config, self._worker_id)
         try:
             self._check_placement(remote)
         except LayoutError:

@@ -93,7 +93,7 @@ class Reading:
         try:
             first, part = 0, _LEASED_FIRST
             while first < len(self._keys):
-                lease = self._remote.lease(self._keys[first : first + part], self._seconds)
+                lease = self._remote.lease(self._keys[first : first + part], self._seconds, self._left())
                 leases.append(lease.number)
                 self._ask(engine, first, lease.found, window_bytes)
                 first, part = first + part, min(2 * part, _LEASED_AT_ONCE)
@@ -133,9 +133,8 @@ class Reading:
         """Waits for a window and verifies it; False if no other is to be taken, and this one is to be left."""
         if self._cancelled.is_set():
             return False
-        left = (self._deadline - self._clock.monotonic_ns()) / 1e9
         try:
-            window.future.result(max(left, 0.0))
+            window.future.result(self._left())
         except PeerLostError as error:
             self.lost = error
             return False
@@ -147,6 +146,10 @@ class Reading:
             return False
         self._verify(window)
         return True
+
+    def _left(self) -> float:
+        """Seconds until the deadline."""
+        return max((self._deadline - self._clock.monotonic_ns()) / 1e9, 0.0)
 
     def _verify(self, window: _Window) -> None:
         wrong = []

@@ -55,6 +55,7 @@ class RemoteWorker(Closing):
     ) -> None:
         self.record = record
         self.closed = False
+        self._patience = config.patience
         self._lock = threading.Lock()
         self._frames = connect(record.address, config, name)
         try:
@@ -67,8 +68,10 @@ class RemoteWorker(Closing):
             self._frames.stream.cut()
             raise
 
-    def lease(self, keys: Sequence[tuple[bytes, int]], seconds: float) -> Lease:
-        """Leases those of the blocks that the peer holds.
+    def lease(self, keys: Sequence[tuple[bytes, int]], seconds: float, patience: float) -> Lease:
+        """Leases those of the blocks that the peer holds, for so many seconds.
+
+        Waits for the answer as long as the configuration says, and no longer than `patience` seconds.
 
         Raises:
           PeerLostError: The peer is gone.
@@ -77,6 +80,7 @@ class RemoteWorker(Closing):
         hashes = b"".join([sequence_hash for sequence_hash, _ in keys])
         groups = np.array([group_idx for _, group_idx in keys], "<u4").tobytes()
         with self._lock:
+            self._frames.stream.patience(min(patience, self._patience))
             answer: Leased = self._frames.ask(Lookup(hashes, groups, seconds), leased_decoder)
         return Lease(answer.lease, Found.read(answer, len(keys), self.slots.count))
 

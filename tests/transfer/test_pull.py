@@ -320,10 +320,10 @@ class Holder:
     def __init__(self, kind, record):
         self.engine = open_engine(kind, "holder")
         self.puller = Puller("holder", IDENTITY, self.engine, 16)
-        self.remote = self.puller._remote(record)
+        self.remote = self.puller._remote(record, 10.0)
 
     def lease(self, *numbers):
-        self.leased = self.remote.lease([key(n) for n in numbers], 60.0).found
+        self.leased = self.remote.lease([key(n) for n in numbers], 60.0, 10.0).found
         return int(self.leased.held.sum())
 
     def read(self, *numbers):
