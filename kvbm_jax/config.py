@@ -191,6 +191,10 @@ class KvBlockManagerConfig:
     transfer_engine: Annotated[
         TransferEngineKind, _Says("what moves blocks between peers: nixl, tcp, or auto, the better one that is there")
     ] = TransferEngineKind.AUTO
+    transfer_backends: Annotated[
+        str | None,
+        _Says("of NIXL, comma-separated, with parameters: UCX?num_workers=2, MOONCAKE, ...; unset: UCX; needs peers"),
+    ] = None
     prefill_tokens_per_second: Annotated[
         float | None,
         _Says(

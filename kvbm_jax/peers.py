@@ -13,7 +13,7 @@ Axes: n blocks of a call, P bytes of a block.
 import contextlib
 import logging
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import BlockKey, Clock, Discovery, MetricsSink, Outcome, WorkerRecord
 from kvbm_jax.transfer import PeerServer, Puller, SocketConfig, open_engine
 from kvbm_jax.transfer.directory import Offer, PeerDirectory
+from kvbm_jax.transfer.engines import backends_from
 from kvbm_jax.transfer.handover import Arrivals, HandOver, Migrate, Presented, SequenceState
 
 __all__ = ["PeerNetwork", "Peers", "PullCost", "open_network"]
@@ -46,6 +47,7 @@ class PeerNetwork:
     discovery: Discovery  # who is there
     events: Sequence[Subscription] = ()  # what the others tell
     engine: str = "auto"  # what moves bytes: nixl, tcp, or the better one that is there
+    backends: Mapping[str, Mapping[str, str]] | None = None  # of NIXL, and their parameters; None for UCX
     sockets: SocketConfig = field(default_factory=SocketConfig)
     timeout: float = 10.0  # seconds that a request may wait for peers
     tokens_per_second: float | None = None  # what this worker computes of a prompt; None: pulling is always worth it
@@ -71,6 +73,7 @@ def open_network(config: KvBlockManagerConfig) -> PeerNetwork | None:
     return replace(
         network,
         engine=config.transfer_engine,
+        backends=None if config.transfer_backends is None else backends_from(config.transfer_backends),
         sockets=sockets,
         tokens_per_second=config.prefill_tokens_per_second,
     )
@@ -158,7 +161,14 @@ class Peers(Closing):
             opened.callback(network.discovery.close)
             for stream in network.events:
                 opened.callback(stream.close)
-            engine = open_engine(network.engine, worker_id, config=network.sockets, metrics=metrics, clock=clock)
+            engine = open_engine(
+                network.engine,
+                worker_id,
+                config=network.sockets,
+                backends=network.backends,
+                metrics=metrics,
+                clock=clock,
+            )
             opened.callback(engine.close)
             server = opened.enter_context(
                 PeerServer(

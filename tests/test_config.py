@@ -75,6 +75,7 @@ def test_every_key_reads_from_file_and_environment_alike(tmp_path):
         "peers": "nats",
         "peer_address": "tcp://127.0.0.1:5600",
         "transfer_engine": "tcp",
+        "transfer_backends": "UCX?num_workers=2, POSIX",
         "prefill_tokens_per_second": 900.5,
         "consolidate": "merged",
         "engine_events": ["tcp://127.0.0.1:5600", "ipc:///run/engine?replay=ipc:///run/replay"],

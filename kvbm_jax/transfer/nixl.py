@@ -27,11 +27,11 @@ import queue
 import sys
 import threading
 import time
+import types
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass, field
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,7 +44,10 @@ from kvbm_jax.metrics import NullMetrics
 from kvbm_jax.protocols import Clock, MetricsSink, Slots
 from kvbm_jax.transfer.slots import check_transfer, described
 
-__all__ = ["NixlEngine", "available_backends", "start_agent"]
+__all__ = ["UCX", "NixlEngine", "available_backends", "start_agent"]
+
+UCX: Mapping[str, Mapping[str, str]] = types.MappingProxyType({"UCX": {}})
+"""The back end that is asked for unless others are, without parameters."""
 
 _LOG = logging.getLogger(__name__)
 _PACKAGES = ("nixl", "nixl_cu12", "nixl_cu13")
@@ -57,7 +60,7 @@ _ABANDONED: list[Any] = []  # agents and memory that a peer may still write into
 _environment = threading.Lock()
 
 
-def _load() -> ModuleType:
+def _load() -> types.ModuleType:
     """Imports NIXL and leaves logging as it was: importing it closes the handlers of others and sets one on stdout."""
     raises, configure = logging.raiseExceptions, logging.config.dictConfig
     logging.config.dictConfig = lambda config: None
@@ -79,7 +82,7 @@ def available_backends() -> list[str]:
       TransferError: NIXL does not start.
     """
     try:
-        return sorted(start_agent("doctor", ()).get_plugin_list())
+        return sorted(start_agent("doctor", {}).get_plugin_list())
     except Exception as error:
         raise TransferError(f"NIXL does not start: {_said(error)}") from error
 
@@ -105,7 +108,7 @@ class NixlEngine(Closing):
 
     Args:
       name: of this process among its peers; it is made unique.
-      backends: of NIXL, the first that can serve a transfer does.
+      backends: of NIXL, and the parameters of each; the first that can serve a transfer does.
       devices: network devices for UCX, comma-separated, `all` for all; None for what `UCX_NET_DEVICES` says, or else
         loopback.
       metrics: takes measurements.
@@ -119,7 +122,7 @@ class NixlEngine(Closing):
         self,
         name: str = "kvbm",
         *,
-        backends: Sequence[str] = ("UCX",),
+        backends: Mapping[str, Mapping[str, str]] = UCX,
         devices: str | None = None,
         metrics: MetricsSink | None = None,
         clock: Clock = time,
@@ -387,7 +390,7 @@ class NixlEngine(Closing):
         del self._agent
 
 
-def start_agent(name: str, backends: Sequence[str] = ("UCX",), devices: str | None = None) -> Any:
+def start_agent(name: str, backends: Mapping[str, Mapping[str, str]] = UCX, devices: str | None = None) -> Any:
     """Starts an agent of NIXL with its back ends; arguments as of `NixlEngine`.
 
     Raises:
@@ -401,8 +404,8 @@ def start_agent(name: str, backends: Sequence[str] = ("UCX",), devices: str | No
         config.useProgThread, config.pthrDelay = True, _PROGRESS_DELAY
         agent.agent = bindings.nixlAgent(name, config)
         with _ucx_environment(devices):
-            for backend in backends:
-                agent.create_backend(backend)
+            for backend, parameters in backends.items():
+                agent.create_backend(backend, dict(parameters))
     except Exception as error:
         raise TransferError(f"NIXL does not start with {', '.join(backends)}: {_said(error)}") from error
     return agent

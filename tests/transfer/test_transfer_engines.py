@@ -18,6 +18,7 @@ from kvbm_jax.errors import BlockStateError, ConfigError, FrameError, LayoutErro
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.protocols import Slots
 from kvbm_jax.transfer import open_engine
+from kvbm_jax.transfer.engines import backends_from
 
 KINDS = ["nixl", "tcp"]
 WAIT = 30
@@ -311,6 +312,27 @@ def test_engines_have_names(kind):
         assert engine.name == kind
     with pytest.raises(ConfigError, match="allowed are auto, nixl and tcp"):
         open_engine("rdma")
+
+
+def test_back_ends_and_their_parameters_are_read():
+    assert backends_from("UCX") == {"UCX": {}}
+    found = backends_from("UCX?num_workers=2&num_threads=1, GDS_MT")
+    assert found == {"UCX": {"num_workers": "2", "num_threads": "1"}, "GDS_MT": {}}
+    for text in ("", "UCX,UCX", "UCX?num_workers", "?a=b"):
+        with pytest.raises(ConfigError, match="back end"):
+            backends_from(text)
+
+
+def test_back_ends_by_name(kind):
+    if kind == "tcp":
+        with pytest.raises(ConfigError, match="TCP has none"):
+            open_engine("tcp", backends={"UCX": {}})
+        return
+    with contextlib.closing(open_engine("nixl", backends={"POSIX": {}, "UCX": {"num_workers": "2"}})) as engine:
+        assert set(engine._agent.backends) == {"POSIX", "UCX"}
+        assert engine._agent.backend_options["UCX"]["num_workers"] == "2"
+    with pytest.raises(TransferError, match="NIXL does not start with NONESUCH"):
+        open_engine("nixl", backends={"NONESUCH": {}})
 
 
 def test_without_nixl_blocks_go_over_tcp_and_it_is_said(monkeypatch, caplog):
