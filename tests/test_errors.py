@@ -96,6 +96,18 @@ def test_what_is_passed_over_says_why():
         assert is_commented(file, call.lineno - 1, call.lineno), f"{where(file, call)}: no reason is given"
 
 
+def test_what_reads_bytes_with_msgspec_expects_bad_text_too():
+    """It raises UnicodeDecodeError for it, which is none of its own errors."""
+    tries = [(file, node) for file, node in nodes_of(ast.Try) if any(".decode(" in ast.unparse(s) for s in node.body)]
+    found = 0
+    for file, node in tries:
+        caught = set().union(*map(caught_by, node.handlers))
+        if caught & {"msgspec.MsgspecError", "msgspec.DecodeError"}:
+            found += 1
+            assert caught & {"UnicodeError", "UnicodeDecodeError"}, where(file, node)
+    assert found >= 5
+
+
 def test_only_errors_of_the_library_are_raised():
     own = {name: set() for name in errors.__all__}
     for file, raised in nodes_of(ast.Raise):

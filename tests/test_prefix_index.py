@@ -286,6 +286,11 @@ def test_a_dump_carries_everything():
     [
         (b"", "no dump"),
         (b"\xff\x00", "no dump"),
+        (
+            msgspec.msgpack.encode({"version": 1, "hash_bytes": 16, "streams": {"?": []}}).replace(b"?", b"\xff"),
+            "no dump",
+        ),
+        (b"\x82\xa7version\x01\xa1x" + b"\x91" * 100_000, "no dump"),
         (msgspec.msgpack.encode({"version": 2}), "has version 2; this library reads 1"),
         (msgspec.msgpack.encode({"version": 1}), "no dump"),
         (

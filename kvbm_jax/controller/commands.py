@@ -90,7 +90,7 @@ def carry_out(name: str, manager: BlockManager, body: bytes) -> Answer:
     command = COMMANDS[name]
     try:
         asked = msgspec.json.decode(body or b"{}", type=command.request)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise ConfigError(f"{name}: {error}") from error
     return command.act(manager, asked)
 

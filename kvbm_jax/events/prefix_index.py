@@ -268,8 +268,8 @@ class PrefixIndex:
             if version != DUMP_VERSION:
                 raise EventDecodeError(f"the dump has version {version}; this library reads {DUMP_VERSION}")
             dump = msgspec.msgpack.decode(data, type=_Dump)
-        except msgspec.MsgspecError as error:
-            raise EventDecodeError(f"these {len(data)} bytes are no dump of an index: {error}") from error
+        except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
+            raise EventDecodeError(f"these {len(data)} bytes are no dump of an index: {error!s:.300}") from error
         index = cls(hash_bytes=dump.hash_bytes)
         index._streams = dump.streams
         for holder in dump.holders:

@@ -131,7 +131,7 @@ def decoded(body: bytes | bytearray, expected: "msgspec.msgpack.Decoder[MessageT
     """
     try:
         return expected.decode(body)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise FrameError(f"{len(body):,} bytes are no message that is expected here: {error}") from error
 
 

@@ -39,7 +39,7 @@ def record_from(data: bytes) -> tuple[WorkerRecord, int]:
     """
     try:
         written = msgspec.json.decode(data, type=_Written)
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except (msgspec.MsgspecError, UnicodeError, RecursionError) as error:
         raise FrameError(f"{len(data)} bytes are no record of a worker: {error}") from error
     if written.version != RECORD_VERSION or len(written.record.fingerprint) != _FINGERPRINT_BYTES:
         raise FrameError(f"a record of version {written.version}; known is {RECORD_VERSION}")

@@ -221,7 +221,7 @@ class SharedNatsServer:
     def _read(self) -> _Address | None:
         try:
             return msgspec.json.decode(self._file.read_bytes(), type=_Address)
-        except (FileNotFoundError, msgspec.MsgspecError):
+        except (FileNotFoundError, msgspec.MsgspecError, UnicodeError):
             return None
 
     def _write(self, address: _Address) -> None:

@@ -409,7 +409,8 @@ def test_http_that_is_not_spoken_here_is_answered_in_json(manager):
         assert ask(here, "GET", "/")[0] == 404
         assert ask(here, "PUT", "/v1/reset")[0] == 501
         assert ask(here, "POST", "/v1/reset", b"[" * 100_000, **typed)[0] == 400
-        assert ask(here, "POST", "/v1/reset", b"\xff", **typed)[0] == 400
+        for body in (b"\xff", b'{"tier": "\xff"}', b'{"\xff": 1}'):
+            assert ask(here, "POST", "/v1/reset", body, **typed)[0] == 400
         assert ask(here, "POST", "/v1/reset", b" " * (5 << 20), **typed)[0] == 413
         assert ask(here, "POST", "/v1/reset", iter([b"{}"]), **typed)[0] == 411
         for length, status in (

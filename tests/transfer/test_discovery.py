@@ -201,7 +201,9 @@ def test_times_that_do_not_fit_are_refused(tmp_path, ttl, heartbeat):
         NatsDiscoveryConfig(ttl=ttl, heartbeat=heartbeat)
 
 
-@pytest.mark.parametrize("data", [b"", b"{}", b"[" * 5000, record_to(record("w", fingerprint=b"short"), 1)])
+@pytest.mark.parametrize(
+    "data", [b"", b"{}", b'{"\xff": 1}', b"[" * 5000, record_to(record("w", fingerprint=b"short"), 1)]
+)
 def test_what_is_no_record_is_a_typed_error(data):
     with pytest.raises(FrameError):
         record_from(data)

@@ -93,6 +93,7 @@ MALFORMED = [
     (frame(msgspec.msgpack.encode({"is": "read", "slots": 1, "ids": b"", "notice": b""})), "no message"),
     (frame(msgspec.msgpack.encode(Done())), "no message"),
     (frame(b"\x91" * 100_000), "no message"),
+    (frame(b"\x81\xa2is\xa1\xff"), "no message"),  # no UTF-8
 ]
 
 

@@ -101,5 +101,5 @@ def decode(data: bytes) -> SegmentRecord:
         raise UnreadableSegmentError(f"the record's checksum is {found:016x}, stored with it is {stored:016x}")
     try:
         return msgspec.msgpack.decode(data[_BODY:], type=SegmentRecord)
-    except msgspec.DecodeError as error:
+    except (msgspec.MsgspecError, UnicodeError) as error:
         raise UnreadableSegmentError(f"the record: {error}") from error
