@@ -8,6 +8,7 @@ All programs are compiled by the constructor, so that later timings are of the w
 Axes: `S` denotes the tokens of a prefill chunk, `B` the rows of the sequence batch, `K` the steps of a decode call.
 """
 
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -58,6 +59,15 @@ class Completion:
         return (len(self.tokens) - 1) / self.decode_seconds if self.decode_seconds else 0.0
 
 
+@dataclass(frozen=True)
+class _Request:
+    """A running sequence's request, as far as it is not in the sequence."""
+
+    completion: Completion
+    seed: int
+    ignore_eos: bool
+
+
 class Engine:
     """A model, its paged cache, and the compiled programs that join them.
 
@@ -93,6 +103,7 @@ class Engine:
         self._context = model.config.context_length
         self._eos = model.config.eos_id
         self._graph, self._params = nnx.split(model)
+        self._running: dict[kvbm_jax.Sequence, _Request] = {}
         self.manager = BlockManager(
             KvBlockManagerConfig.load(
                 block_size=block_size,
@@ -184,41 +195,75 @@ class Engine:
         running: list[kvbm_jax.Sequence] = []
         try:
             for completion in completions:
-                running.append(self._begin(completion, salt, reuse, key))  # noqa: PERF401 (each one must be released)
+                begun = time.perf_counter()
+                seq = self.manager.start(completion.prompt, salt=salt, reuse=reuse)
+                running.append(seq)
+                self._running[seq] = _Request(completion, seed, ignore_eos)
+                completion.tokens.append(self._compute(seq, key))
+                completion.ttft_seconds = time.perf_counter() - begun
+                completion.hits = dict(seq.hits)
             yield completions
             yield from self._decode_all(completions, running, key, ignore_eos)
         finally:
-            for seq in running:
-                if not seq.released:
-                    self.manager.release(seq)
+            self._end(running)
 
-    def _begin(self, completion: Completion, salt: str, reuse: bool, key: jax.Array) -> kvbm_jax.Sequence:
-        """Starts a sequence, prefills what is not cached, and samples its first token."""
-        begun = time.perf_counter()
-        seq = self.manager.start(completion.prompt, salt=salt, reuse=reuse)
+    def hand_over(self, to_worker: str) -> int:
+        """Moves all running answers to another worker, whose engine goes on with them in `take_over`: drains this one.
+
+        Called while `stream` is between two of its yields; the stream ends with what it has. Returns how many answers
+        there were. See `BlockManager.migrate` for what is raised; those that have not moved go on here.
+        """
+        leaving = [seq for seq in self._running if not seq.released]
+        for seq in leaving:
+            request = self._running[seq]
+            done = request.completion
+            said = {"max_tokens": done.max_tokens, "tokens": done.tokens, "prompt": len(done.prompt)}
+            said |= {"seed": request.seed, "ignore_eos": request.ignore_eos}
+            self.manager.migrate(seq, to_worker, payload=json.dumps(said).encode())
+        return len(leaving)
+
+    def take_over(self, timeout: float) -> Iterator[list[Completion]] | None:
+        """Goes on with an answer that another worker hands over; None if none comes in so many seconds.
+
+        Yields the answer as `stream` does, its first tokens being the other worker's.
+        """
+        arrival = self.manager.accept(timeout)
+        return None if arrival is None else self._go_on(arrival.seq, json.loads(arrival.payload))
+
+    def _go_on(self, seq: kvbm_jax.Sequence, said: dict[str, Any]) -> Iterator[list[Completion]]:
+        key, ignore_eos = jax.random.key(said["seed"]), said["ignore_eos"]
+        completion = Completion(seq.tokens[: said["prompt"]], said["max_tokens"], dict(seq.hits), said["tokens"])
+        self._running[seq] = _Request(completion, said["seed"], ignore_eos)
         try:
-            tables = self.manager.sequences
-            first = seq.num_cached
-            while first < len(seq.tokens):
-                left = len(seq.tokens) - first
-                size = next((size for size in self._prefill if size >= left), max(self._prefill))
-                count = min(left, size)
-                chunk = np.zeros((size,), np.int32)
-                chunk[:count] = seq.tokens[first : first + count]
-                token = self.manager.run(
-                    self._prefill[size], self._params, tables, np.int32(seq.row), np.int32(first), chunk,
-                    np.int32(count), key,
-                )  # fmt: skip
-                first += count
-            completion.tokens.append(int(token))
-            completion.ttft_seconds = time.perf_counter() - begun
-            completion.hits = dict(seq.hits)
-            self.manager.register(seq)
-        except BaseException:
+            self._compute(seq, key)  # the token after these has been sampled before
+            yield [completion]
+            yield from self._decode_all([completion], [seq], key, ignore_eos)
+        finally:
+            self._end([seq])
+
+    def _end(self, running: Sequence[kvbm_jax.Sequence]) -> None:
+        for seq in running:
+            del self._running[seq]
             if not seq.released:
                 self.manager.release(seq)
-            raise
-        return seq
+
+    def _compute(self, seq: kvbm_jax.Sequence, key: jax.Array) -> int:
+        """Prefills what is not cached of a sequence, and samples the token after it."""
+        tables = self.manager.sequences
+        first = seq.num_cached
+        while first < len(seq.tokens):
+            left = len(seq.tokens) - first
+            size = next((size for size in self._prefill if size >= left), max(self._prefill))
+            count = min(left, size)
+            chunk = np.zeros((size,), np.int32)
+            chunk[:count] = seq.tokens[first : first + count]
+            token = self.manager.run(
+                self._prefill[size], self._params, tables, np.int32(seq.row), np.int32(first), chunk,
+                np.int32(count), key,
+            )  # fmt: skip
+            first += count
+        self.manager.register(seq)
+        return int(token)
 
     def _decode_all(
         self,
@@ -232,7 +277,8 @@ class Engine:
         tokens, budget = np.zeros((rows,), np.int32), np.zeros((rows,), np.int32)
         for completion, seq in zip(completions, running, strict=True):
             tokens[seq.row] = completion.tokens[-1]
-            budget[seq.row] = 0 if tokens[seq.row] == eos else completion.max_tokens - 1
+            if tokens[seq.row] != eos and not seq.released:
+                budget[seq.row] = completion.max_tokens - len(completion.tokens)
         while budget.any():
             begun = time.perf_counter()
             active = [(c, s) for c, s in zip(completions, running, strict=True) if budget[s.row]]
@@ -256,6 +302,9 @@ class Engine:
                 completion.tokens.extend(gained[seq])
                 completion.decode_seconds += seconds
             yield completions
+            for seq in running:
+                if seq.released:  # it was handed over meanwhile
+                    budget[seq.row] = 0
 
     def _compile_prefill(self, size: int) -> Callable[..., tuple[KVCache, jax.Array]]:
         graph, choose = self._graph, _row_sampler(self._sampler)
