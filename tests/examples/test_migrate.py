@@ -1,5 +1,6 @@
 """A worker that is drained in the middle of its answers, as the example does it."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,5 +19,6 @@ def test_answers_go_on_in_another_process_and_are_equal():
     assert head == "2 answers went on in another process; 0 run here"
     assert len(rows) == 2
     for row in rows:
-        assert "17 + 31 of answer; found there: g4 " in row
+        assert "17 + 31 of answer" in row
+        assert re.search(r"found there: (g1 \d+, )?g4 \d+;", row)  # both begin alike: the first has brought that
         assert "equal: " in row
