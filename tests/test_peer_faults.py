@@ -291,7 +291,7 @@ def test_a_peer_that_vanishes_in_the_middle_of_a_transfer(tmp_path, line):
     with apart(tmp_path, line, timeout=2.0) as (side, peer):
         assert side.serve(side.told(peer))[0] == ALL
         tokens = side.told(peer, 7)
-        line.thin("tbf", "rate", "4kbit", "burst", "1600", "latency", "5s")  # seconds for what is wanted
+        line.thin("tbf", "rate", "8kbit", "burst", "600", "latency", "5s")  # the lease passes, the blocks do not fit
 
         def vanish():
             line.cut()
