@@ -3,6 +3,7 @@
 import contextlib
 import threading
 import time
+import urllib.parse
 
 import pytest
 from tiered import SIZE, make, prompt, serve, settle
@@ -124,6 +125,27 @@ def test_a_configuration_joins_the_workers_of_a_nats_server(tmp_path, monkeypatc
         assert pulled(second, prompt(0, 4), 4) == {Tier.G4: 4 * SIZE}
         shared(second, prompt(50, 2))
         assert pulled(first, prompt(50, 2), 2) == {Tier.G4: 2 * SIZE}
+
+
+def test_workers_find_each_other_again_after_their_nats_server_was_killed(tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    nats_server = pytest.importorskip("kvbm_jax.transports.nats_server")
+    server = nats_server.NatsServer(tmp_path / "nats")
+    again = {"port": urllib.parse.urlsplit(server.url).port, "token": urllib.parse.urlsplit(server.url).username}
+    values = {"enable_offload": True, "host_blocks": 16, "model_id": "tiny", "events": "nats", "peers": "nats"}
+    values |= {"events_url": server.url, "transfer_engine": "tcp"}
+    with make(worker_id="one", **values) as first, make(worker_id="two", **values) as second:
+        shared(first, prompt(0, 4))
+        assert pulled(second, prompt(0, 4), 4) == {Tier.G4: 4 * SIZE}
+        server.kill()
+        server.stop()
+        shared(first, prompt(50, 2))  # told to nobody yet
+        assert sum(serve(second, prompt(100, 3)).values()) == 0
+        assert sum(serve(second, prompt(0, 4)).values()) == 4 * SIZE  # what it has itself
+        with nats_server.NatsServer(tmp_path / "nats", **again):
+            assert pulled(second, prompt(50, 2), 2) == {Tier.G4: 2 * SIZE}
+            shared(second, prompt(200, 3))
+            assert pulled(first, prompt(200, 3), 3) == {Tier.G4: 3 * SIZE}
 
 
 @pytest.mark.parametrize(
