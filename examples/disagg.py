@@ -132,11 +132,14 @@ class Worker:
     def close(self) -> None:
         """Ends the process."""
         assert self._process.stdin is not None
+        assert self._process.stdout is not None
         self._process.stdin.close()
         try:
             self._process.wait(_PATIENCE)
         finally:
             self._process.kill()
+            self._process.wait()
+            self._process.stdout.close()
 
 
 def route(args: argparse.Namespace) -> int:
