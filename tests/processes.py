@@ -52,7 +52,9 @@ class Peer:
         os.kill(self.process.pid, signal.SIGCONT)
 
 
-def _serve(connection, make, arguments):
+def _serve(connection, make, arguments, environment):
+    os.environ.clear()
+    os.environ.update(environment)  # of the test, not of the first one that started a process
     served = make(*arguments)
     connection.send((None, None))
     while True:
@@ -69,7 +71,7 @@ def in_a_process(make, *arguments):
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
     here, there = context.Pipe()
-    process = context.Process(target=_serve, args=(there, make, arguments), daemon=True)
+    process = context.Process(target=_serve, args=(there, make, arguments, dict(os.environ)), daemon=True)
     process.start()
     there.close()
     try:

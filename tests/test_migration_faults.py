@@ -1,6 +1,5 @@
 """Sequences that are handed over between processes, one of which dies: at most one goes on, with right contents."""
 
-import os
 import threading
 from pathlib import Path
 
@@ -20,7 +19,6 @@ TOKENS = prompt(0, 5, 2)
 
 
 def worker_of(folder, name, **options):
-    os.environ["XDG_RUNTIME_DIR"] = str(folder)
     network = PeerNetwork(
         discovery=FolderDiscovery(Path(folder) / "workers", ttl=3.0, heartbeat=0.05), engine="tcp", timeout=3.0
     )
