@@ -14,7 +14,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +44,6 @@ __all__ = ["Pulled", "Puller"]
 
 _LOG = logging.getLogger(__name__)
 _WINDOW_BYTES = 8 << 20
-_LEAST_PATIENCE = 0.001  # seconds
 _LEASE_MARGIN = 2.0  # seconds that a lease outlives the time of its pull
 
 
@@ -253,8 +251,7 @@ class Puller(Closing):
             return found
         if found is not None:
             self._drop(found)
-        config = replace(self._config, patience=min(self._config.patience, max(seconds, _LEAST_PATIENCE)))
-        remote = RemoteWorker(record, self._identity, self._engine, config, self._worker_id)
+        remote = RemoteWorker(record, self._identity, self._engine, self._config, self._worker_id, seconds)
         try:
             self._check_placement(remote)
         except LayoutError:

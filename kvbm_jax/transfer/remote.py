@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +27,8 @@ from kvbm_jax.transfer.placement import Placement
 
 __all__ = ["Lease", "RemoteWorker"]
 
+_LEAST_PATIENCE = 0.001  # seconds
+
 
 class Lease(NamedTuple):
     """Blocks of a peer that may be read for a while."""
@@ -43,6 +46,7 @@ class RemoteWorker(Closing):
       engine: reads the peer's memory; of the same kind as the peer's.
       config: what is shown and asked of the peer.
       name: what this worker is called there.
+      seconds: what connecting may take at most, if that is less than `config` allows.
 
     Raises:
       PeerLostError: Nobody answers.
@@ -51,13 +55,20 @@ class RemoteWorker(Closing):
     """
 
     def __init__(
-        self, record: WorkerRecord, identity: CacheIdentity, engine: TransferEngine, config: SocketConfig, name: str
+        self,
+        record: WorkerRecord,
+        identity: CacheIdentity,
+        engine: TransferEngine,
+        config: SocketConfig,
+        name: str,
+        seconds: float,
     ) -> None:
         self.record = record
         self.closed = False
         self._patience = config.patience
         self._lock = threading.Lock()
-        self._frames = connect(record.address, config, name)
+        hurried = replace(config, patience=min(config.patience, max(seconds, _LEAST_PATIENCE)))
+        self._frames = connect(record.address, hurried, name)
         try:
             about: About = self._frames.ask(Describe(), about_decoder)
             self._check(about, identity, engine)

@@ -15,7 +15,7 @@ from kvbm_jax.layout import LayoutKind
 from kvbm_jax.metrics import InMemoryMetrics
 from kvbm_jax.offload.host import HostBlockStore
 from kvbm_jax.protocols import Outcome, WorkerRecord
-from kvbm_jax.transfer import PeerServer, Placement, Puller, open_engine
+from kvbm_jax.transfer import PeerServer, Placement, Puller, SocketConfig, open_engine
 
 IDENTITY = identity()
 NBYTES = Placement.whole(IDENTITY).block_bytes(IDENTITY)
@@ -106,6 +106,15 @@ def test_leases_and_landing_slots_are_given_back(puller, peer):
         assert pull(puller, peer, *range(COUNT)) == [OK] * COUNT
     assert puller.free_slots() == 32
     assert eventually(lambda: peer.measured()["kvbm_leased_blocks"] == 0)
+
+
+def test_a_connection_that_was_made_in_a_hurry_is_not_hurried_for_ever(puller, peer):
+    assert pull(puller, peer, 0, timeout=2.0) == [OK]
+    [remote] = puller._remotes.values()
+    stream, told = remote._frames.stream, []
+    stream.patience = lambda seconds: told.append(seconds) or type(stream).patience(stream, seconds)
+    assert pull(puller, peer, 1, timeout=60.0) == [OK]
+    assert told == [SocketConfig().patience]
 
 
 def test_pulls_from_many_threads(puller, peer):
