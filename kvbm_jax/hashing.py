@@ -41,6 +41,7 @@ from blake3 import blake3
 from numpy.typing import ArrayLike, NDArray
 
 from kvbm_jax.errors import HashingError
+from kvbm_jax.protocols import BlockKey
 
 __all__ = [
     "HashAlgorithm",
@@ -50,6 +51,7 @@ __all__ = [
     "hash_block",
     "block_hash",
     "block_hashes",
+    "block_keys",
     "to_wire",
 ]
 
@@ -317,6 +319,11 @@ def _check_range(value: int, position: int, what: str) -> None:
 def hash_bytes(words: NDArray[np.uint32]) -> bytes:
     """Returns a hash u32[4] as the 16 bytes that name its block in every tier."""
     return words.astype("<u4").tobytes()
+
+
+def block_keys(hashes: NDArray[np.uint32]) -> list[BlockKey]:
+    """Returns the keys of blocks of the first group, by their hashes u32[M, 4]."""
+    return [BlockKey(hash_bytes(words)) for words in hashes]
 
 
 def _parent_bytes(parent: ArrayLike) -> bytes:

@@ -41,7 +41,7 @@ from kvbm_jax.event_flow import EventFlow
 from kvbm_jax.events import EventPublisher, KvEvent, Subscription
 from kvbm_jax.grants import Grant
 from kvbm_jax.handles import Block, Hasher, ResizeReport, Sequence
-from kvbm_jax.hashing import Multimodal, check_tokens, hash_bytes
+from kvbm_jax.hashing import Multimodal, block_keys, check_tokens
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.loops import Loops
 from kvbm_jax.loose_blocks import LooseBlocks
@@ -51,7 +51,7 @@ from kvbm_jax.offload.engine import FlushReport
 from kvbm_jax.outcomes import BlockCounts
 from kvbm_jax.policies import EvictionPolicy, ScoreFunction, check_priority
 from kvbm_jax.progress import Progress
-from kvbm_jax.protocols import BlockKey, BlockStore, Clock, MetricsSink, RequestObserver, StoreStats, Tier
+from kvbm_jax.protocols import BlockStore, Clock, MetricsSink, RequestObserver, StoreStats, Tier
 from kvbm_jax.reblock import ReblockReport
 from kvbm_jax.request_log import RequestLog
 from kvbm_jax.residency import Residency
@@ -422,7 +422,7 @@ class BlockManager:
     def _give_up(self, seq: Sequence, num_tokens: int, to_worker: str) -> int:
         hashes = seq.hashes[: min(seq.num_registered, num_tokens // self.layout.block_size)]
         self._progress.release(seq)
-        return self._device.hand_over([BlockKey(hash_bytes(words)) for words in hashes], to_worker)
+        return self._device.hand_over(block_keys(hashes), to_worker)
 
     @_whole
     def extend(self, tokens: abc.Mapping[Sequence, abc.Sequence[int]]) -> None:

@@ -14,13 +14,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from kvbm_jax import logs
 from kvbm_jax.errors import BlockStateError, ConfigError, InDoubtError, KvbmError, PeerLostError, TransferError
 from kvbm_jax.handles import Hasher, Sequence
-from kvbm_jax.hashing import hash_bytes
-from kvbm_jax.protocols import BlockKey, Clock, MetricsSink, PeerBlocks
+from kvbm_jax.hashing import block_keys
+from kvbm_jax.protocols import Clock, MetricsSink, PeerBlocks
 
 if TYPE_CHECKING:
     from kvbm_jax.peers import Peers
@@ -136,7 +135,7 @@ class Migration:
         try:
             tokens = state.tokens()
             hashes = self._hasher(tokens, state.salt, state.lora_name, state.multimodal)
-            with peers.promised(request.worker_id, _keys(hashes)):
+            with peers.promised(request.worker_id, block_keys(hashes)):
                 seq = self._acts.start(
                     tokens,
                     salt=state.salt,
@@ -177,10 +176,6 @@ class Migration:
             self._metrics.observe(
                 "kvbm_migration_seconds", (self._clock.monotonic_ns() - begun) / 1e9, direction=direction
             )
-
-
-def _keys(hashes: NDArray[np.uint32]) -> list[BlockKey]:
-    return [BlockKey(hash_bytes(words)) for words in hashes]
 
 
 def _state_of(seq: Sequence, payload: bytes) -> "SequenceState":

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from kvbm_jax.errors import LayoutError, OutOfBlocksError
 from kvbm_jax.handles import Hasher
 from kvbm_jax.handles import Sequence as RunningSequence
-from kvbm_jax.hashing import Multimodal, hash_bytes
+from kvbm_jax.hashing import Multimodal, block_keys, hash_bytes
 from kvbm_jax.index import KEY_WORDS
 from kvbm_jax.layout import KVLayout
 from kvbm_jax.offload.engine import Resident
@@ -235,7 +235,7 @@ def _names(one: Running, size: int, hasher: Hasher) -> list[BlockKey | tuple[int
     position = np.arange(end, one.length)
     slots = (one.table[position // size] * size + position % size).tolist()
     own = [tuple(slots[first : first + hasher.block_size]) for first in range(0, len(slots), hasher.block_size)]
-    return [*(BlockKey(hash_bytes(words)) for words in hashes), *own]
+    return [*block_keys(hashes), *own]
 
 
 def _within(inputs: Multimodal, span: slice) -> tuple[tuple[int, bytes], ...]:

@@ -5,6 +5,7 @@ registered block, kept while the device holds it, so that an evicted block can b
 there is, and blocks of another size can be made out of it.
 """
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Generator, Sequence
 
@@ -13,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvbm_jax.cache import KVCache
 from kvbm_jax.events import EventPublisher
-from kvbm_jax.hashing import hash_bytes
+from kvbm_jax.hashing import block_keys
 from kvbm_jax.interrupts import on_interrupt
 from kvbm_jax.layout import ElementFormat
 from kvbm_jax.offload.engine import FlushReport, Loaded, OffloadEngine, Resident, Wait
@@ -79,7 +80,7 @@ class Residency:
     def released(self, hashes: NDArray[np.uint32]) -> None:
         """A sequence has let go of registered blocks u32[M, 4]; its last block is the first to go."""
         if self._engine is not None:
-            self.let_go([BlockKey(hash_bytes(words)) for words in hashes])
+            self.let_go(block_keys(hashes))
 
     def let_go(self, keys: Sequence[BlockKey]) -> None:
         """Blocks have lost a holder, the last of them first."""
@@ -100,22 +101,16 @@ class Residency:
     def share(self, cache: KVCache, hashes: NDArray[np.uint32]) -> None:
         """Copies those of blocks u32[M, 4] that the device holds to host memory, for peers."""
         if self._engine is not None:
-            keys = [BlockKey(hash_bytes(words)) for words in hashes]
+            keys = block_keys(hashes)
             self._engine.share(cache, [self._residents[key] for key in keys if key in self._residents])
 
     def forgotten(self, evicted: EvictedBlocks) -> None:
         """The device has been told to forget blocks; the tiers below are not offered them."""
-        keys = self._count_evicted(evicted)
-        self._publisher.deleted(Tier.G1, evicted.block_ids, keys)
-        for key in keys:
-            self._residents.pop(key, None)
+        self._forget(evicted, self._publisher.deleted)
 
     def handed_over(self, evicted: EvictedBlocks, to_worker: str) -> None:
         """The device has given up blocks that another worker has now; host memory forgets them, too."""
-        keys = self._count_evicted(evicted)
-        self._publisher.handed_over(Tier.G1, evicted.block_ids, keys, to_worker)
-        for key in keys:
-            self._residents.pop(key, None)
+        keys = self._forget(evicted, functools.partial(self._publisher.handed_over, to_worker=to_worker))
         self.discard(keys, [Tier.G2])
 
     def cleared(self, evicted: EvictedBlocks) -> None:
@@ -161,14 +156,14 @@ class Residency:
 
     def locate(self, hashes: NDArray[np.uint32]) -> list[Tier]:
         """Returns where the longest prefix of u32[M, 4] would be read from, block by block; nothing is read."""
-        return [] if self._engine is None else self._engine.locate([BlockKey(hash_bytes(words)) for words in hashes])
+        return [] if self._engine is None else self._engine.locate(block_keys(hashes))
 
     def load(self, hashes: NDArray[np.uint32]) -> Loaded | None:
         """Reads the longest prefix of u32[M, 4] that the tiers below hold; None where there is nothing."""
         if self._engine is None or not len(hashes):
             return None
         with on_interrupt(self._engine.reconcile):
-            loaded = self._engine.load([BlockKey(hash_bytes(words)) for words in hashes])
+            loaded = self._engine.load(block_keys(hashes))
         return loaded if loaded.tiers else None
 
     def flush(self, cache: Callable[[], KVCache], seconds: float | None) -> Generator[Wait, bool | None, FlushReport]:
@@ -204,7 +199,17 @@ class Residency:
         if self._engine is not None:
             self._engine.close(seconds)
 
+    def _forget(
+        self, evicted: EvictedBlocks, tell: Callable[[Tier, NDArray[np.int32], list[BlockKey]], None]
+    ) -> list[BlockKey]:
+        """Blocks are on the device no more, and offered to no tier; returns their keys."""
+        keys = self._count_evicted(evicted)
+        tell(Tier.G1, evicted.block_ids, keys)
+        for key in keys:
+            self._residents.pop(key, None)
+        return keys
+
     def _count_evicted(self, evicted: EvictedBlocks) -> list[BlockKey]:
         if len(evicted.block_ids):
             self._metrics.count("kvbm_eviction_count_total", len(evicted.block_ids))
-        return [BlockKey(hash_bytes(words)) for words in evicted.hashes]
+        return block_keys(evicted.hashes)

@@ -9,9 +9,9 @@ import threading
 import numpy as np
 from tiered import BLOCK_BYTES, LAYERS, SIZE, configuration, contents
 
-from kvbm_jax.hashing import hash_bytes, hash_sequence
+from kvbm_jax.hashing import block_keys, hash_sequence
 from kvbm_jax.offload.host import HostBlockStore
-from kvbm_jax.protocols import BlockKey, BlockRecord
+from kvbm_jax.protocols import BlockRecord
 from kvbm_jax.sizing import layout_of
 from kvbm_jax.tiers import identity_of
 from kvbm_jax.transfer import PeerServer, SocketConfig, open_engine
@@ -24,7 +24,7 @@ ROOM = 256
 
 def records_of(tokens):
     """The records of a prompt's whole blocks."""
-    keys = [BlockKey(hash_bytes(words)) for words in hash_sequence(tokens, SIZE)]
+    keys = block_keys(hash_sequence(tokens, SIZE))
     parents = [None, *(key.sequence_hash for key in keys)]
     return [
         BlockRecord(key, parent, tuple(tokens[SIZE * i : SIZE * (i + 1)]))

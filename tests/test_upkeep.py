@@ -8,14 +8,14 @@ import pytest
 
 from kvbm_jax import invariants
 from kvbm_jax.errors import BlockStateError, ConfigError, OutOfBlocksError
-from kvbm_jax.hashing import hash_bytes, hash_sequence
-from kvbm_jax.protocols import BlockKey, Tier
+from kvbm_jax.hashing import block_keys, hash_sequence
+from kvbm_jax.protocols import Tier
 from kvbm_jax.tiers import open_stores
 from tests.tiered import HOST, SIZE, Faulty, View, believed, check, disk, make, prefill, prompt, serve, settle
 
 
 def keys_of(tokens):
-    return [BlockKey(hash_bytes(words)) for words in hash_sequence(tokens, SIZE)]
+    return block_keys(hash_sequence(tokens, SIZE))
 
 
 @pytest.fixture
