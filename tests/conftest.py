@@ -1,5 +1,6 @@
 """What holds for every test: CPU unless a GPU run is asked for, strict rank promotion, no deadlines."""
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -77,3 +78,31 @@ def tests_wanting_a_gpu(pytestconfig: pytest.Config) -> list[str]:
 @pytest.fixture(scope="session")
 def gpu_is_here() -> bool:
     return has_gpu()
+
+
+@pytest.fixture
+def workers(tmp_path, monkeypatch):
+    """Makes workers that know each other; each hears those that were made before it."""
+    from tiered import make  # it imports jax
+
+    from kvbm_jax.peers import PeerNetwork
+    from kvbm_jax.transfer.folder_discovery import FolderDiscovery
+
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with contextlib.ExitStack() as opened:
+        made = []
+
+        def work(**options):
+            network = PeerNetwork(
+                discovery=FolderDiscovery(tmp_path / "workers", ttl=3.0, heartbeat=0.05),
+                events=[other.subscribe_events() for other in made],
+                engine="tcp",
+                **options.pop("network", {}),
+            )
+            values = {"enable_offload": True, "disk_budget": 0, "host_blocks": 32, "model_id": "tiny"}
+            worker = make(network=network, worker_id=f"w{len(made)}", **(values | options))
+            opened.callback(worker.close, 0)
+            made.append(worker)
+            return worker
+
+        yield work

@@ -5,7 +5,7 @@ import threading
 
 import msgspec
 import pytest
-from test_peers import PATIENCE, workers  # noqa: F401 (a fixture)
+from test_peers import PATIENCE
 from tiered import SIZE, check, prefill, prompt, serve, settle
 
 from kvbm_jax.errors import (
@@ -48,7 +48,7 @@ def known(worker, other):
         threading.Event().wait(0.01)
 
 
-def test_a_sequence_goes_on_elsewhere(workers):  # noqa: F811
+def test_a_sequence_goes_on_elsewhere(workers):
     metrics = [InMemoryMetrics(), InMemoryMetrics()]
     first, second = (workers(metrics=each) for each in metrics)
     known(first, "w1")
@@ -71,7 +71,7 @@ def test_a_sequence_goes_on_elsewhere(workers):  # noqa: F811
         assert found.snapshot()[f"kvbm_migrations_total{labels}"] == 1
 
 
-def test_it_brings_all_that_it_is(workers):  # noqa: F811
+def test_it_brings_all_that_it_is(workers):
     first, second = workers(), workers()
     known(first, "w1")
     options = {"salt": "s", "lora_name": "l", "multimodal": ((1, b"cat"),), "tenant": "t", "priority": 7}
@@ -82,7 +82,7 @@ def test_it_brings_all_that_it_is(workers):  # noqa: F811
     assert moved.num_cached == 3 * SIZE
 
 
-def test_there_and_back_again(workers):  # noqa: F811
+def test_there_and_back_again(workers):
     first, second = workers(), workers()
     known(first, "w1")
     with accepting(second) as arrived:
@@ -98,7 +98,7 @@ def test_there_and_back_again(workers):  # noqa: F811
     check(first, back)
 
 
-def test_subscribers_see_the_blocks_where_they_went(workers):  # noqa: F811
+def test_subscribers_see_the_blocks_where_they_went(workers):
     first, second = workers(), workers()
     known(first, "w1")
     index, told = PrefixIndex(), []
@@ -119,7 +119,7 @@ def test_subscribers_see_the_blocks_where_they_went(workers):  # noqa: F811
     assert len(away) == 4
 
 
-def test_what_others_hold_stays(workers):  # noqa: F811
+def test_what_others_hold_stays(workers):
     first, second = workers(max_sequences=2, num_blocks=16), workers()
     known(first, "w1")
     stays = begun(first, prompt(0, 3, 2))
@@ -140,7 +140,7 @@ def stays_whole(worker, seq):
     seq.release()
 
 
-def test_one_that_nobody_takes_stays(workers):  # noqa: F811
+def test_one_that_nobody_takes_stays(workers):
     first, second = workers(), workers()
     known(first, "w1")
     seq = begun(first, prompt(0, 3))
@@ -150,7 +150,7 @@ def test_one_that_nobody_takes_stays(workers):  # noqa: F811
     stays_whole(first, seq)
 
 
-def test_one_without_room_there_stays_and_the_next_is_taken(workers):  # noqa: F811
+def test_one_without_room_there_stays_and_the_next_is_taken(workers):
     first, second = workers(max_sequences=2, num_blocks=16), workers()
     known(first, "w1")
     large, small = begun(first, prompt(0, 9)), begun(first, prompt(100, 2))
@@ -162,7 +162,7 @@ def test_one_without_room_there_stays_and_the_next_is_taken(workers):  # noqa: F
     stays_whole(first, large)
 
 
-def test_one_without_blocks_to_pull_is_computed_there(workers):  # noqa: F811
+def test_one_without_blocks_to_pull_is_computed_there(workers):
     first, second = workers(), workers()
     known(first, "w1")
     with accepting(second) as arrived:
@@ -171,7 +171,7 @@ def test_one_without_blocks_to_pull_is_computed_there(workers):  # noqa: F811
     check(second, arrived[0].seq)
 
 
-def test_a_destination_that_is_gone(workers):  # noqa: F811
+def test_a_destination_that_is_gone(workers):
     first, second = workers(), workers()
     known(first, "w1")
     seq = begun(first, prompt(0, 3))
@@ -191,7 +191,7 @@ def test_a_destination_that_is_gone(workers):  # noqa: F811
     stays_whole(first, seq)
 
 
-def test_a_destination_of_another_model(workers):  # noqa: F811
+def test_a_destination_of_another_model(workers):
     first, _ = workers(), workers(model_id="another")
     known(first, "w1")
     seq = begun(first, prompt(0, 3))
@@ -200,7 +200,7 @@ def test_a_destination_of_another_model(workers):  # noqa: F811
     stays_whole(first, seq)
 
 
-def test_what_cannot_be_handed_over(workers):  # noqa: F811
+def test_what_cannot_be_handed_over(workers):
     first, _ = workers(), workers()
     known(first, "w1")
     with begun(first, prompt(0, 2), reuse=False) as seq, pytest.raises(BlockStateError, match="reuse=False"):
@@ -293,7 +293,7 @@ def test_requests_that_make_no_sense_are_refused():
     assert frames.sent == ["Refused"]
 
 
-def test_a_worker_that_closes_refuses_what_waits(workers):  # noqa: F811
+def test_a_worker_that_closes_refuses_what_waits(workers):
     first, second = workers(), workers()
     known(first, "w1")
     seq = begun(first, prompt(0, 3))

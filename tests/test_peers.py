@@ -1,6 +1,5 @@
 """Managers that find blocks in each other's host memory: contents right, faults no more than misses."""
 
-import contextlib
 import threading
 import time
 import urllib.parse
@@ -11,35 +10,11 @@ from tiered import SIZE, make, prompt, serve, settle
 from kvbm_jax import KvBlockManagerConfig
 from kvbm_jax.errors import ConfigError
 from kvbm_jax.metrics import InMemoryMetrics
-from kvbm_jax.peers import PeerNetwork, PullCost
+from kvbm_jax.peers import PullCost
 from kvbm_jax.protocols import Tier
 from kvbm_jax.transfer import SocketConfig
-from kvbm_jax.transfer.folder_discovery import FolderDiscovery
 
 PATIENCE = 20.0
-
-
-@pytest.fixture
-def workers(tmp_path, monkeypatch):
-    """Makes workers that know each other; each hears those that were made before it."""
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
-    with contextlib.ExitStack() as opened:
-        made = []
-
-        def work(**options):
-            network = PeerNetwork(
-                discovery=FolderDiscovery(tmp_path / "workers", ttl=3.0, heartbeat=0.05),
-                events=[other.subscribe_events() for other in made],
-                engine="tcp",
-                **options.pop("network", {}),
-            )
-            values = {"enable_offload": True, "disk_budget": 0, "host_blocks": 32, "model_id": "tiny"}
-            worker = make(network=network, worker_id=f"w{len(made)}", **(values | options))
-            opened.callback(worker.close, 0)
-            made.append(worker)
-            return worker
-
-        yield work
 
 
 def shared(worker, tokens):

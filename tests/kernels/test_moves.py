@@ -209,17 +209,25 @@ def test_every_shape_quantised(implementation, sizes):
     moves.check_copy(case, disjoint=True)
 
 
+def drawn(draw, **fields):
+    """A small layout, of these fields and others drawn."""
+    return layout(
+        num_layers=draw(st.integers(1, 2)),
+        block_size=draw(st.sampled_from([8, 16, 24])),
+        kind=draw(st.sampled_from(KINDS)),
+        components=draw(st.integers(1, 2)),
+        **fields,
+    )
+
+
 def check_shapes(data):
     draw = data.draw
-    sizes = layout(
-        num_layers=draw(st.integers(1, 2)),
+    sizes = drawn(
+        draw,
         num_blocks=draw(st.integers(2, 5)),
-        block_size=draw(st.sampled_from([8, 16, 24])),
         num_kv_heads=draw(st.integers(1, 3)),
         head_dim=draw(st.sampled_from([16, 48, 64, 80])),
         dtype=draw(st.sampled_from(DTYPES)),
-        kind=draw(st.sampled_from(KINDS)),
-        components=draw(st.integers(1, 2)),
     )
     config = CopyConfig(
         tile_bytes=draw(st.sampled_from([512, 1024, 4096])),
@@ -241,16 +249,13 @@ def check_shapes(data):
 def check_quantised_shapes(data):
     draw = data.draw
     own, there = draw(st.sampled_from([INT8, FORMATS[2]])), draw(st.sampled_from(FORMATS))
-    sizes = layout(
-        num_layers=draw(st.integers(1, 2)),
+    sizes = drawn(
+        draw,
         num_blocks=draw(st.integers(3, 5)),
-        block_size=draw(st.sampled_from([8, 16, 24])),
         num_kv_heads=draw(st.integers(2, 3)),
         head_dim=draw(st.sampled_from([16, 48, 64, 128])),
         dtype=own.dtype,
         quantized=True,
-        kind=draw(st.sampled_from(KINDS)),
-        components=draw(st.integers(1, 2)),
     )
     kind, with_out = draw(st.sampled_from(RUNS)), draw(st.booleans())
     count, seed = draw(st.integers(1, sizes.num_blocks)), draw(st.integers(0, 99))
