@@ -161,8 +161,10 @@ class PrefixIndex:
             found = list(itertools.takewhile(bool, map(owners.get, keys)))
             if not found:
                 return {}
+            # Mostly the same hold all of them: one row stands for all then.
+            times = len(found) if found.count(found[0]) == len(found) else 1
             width = len(self._places)
-            rows = b"".join([mask.to_bytes(width, "little") for mask in found])  # type: ignore[union-attr]
+            rows = b"".join([mask.to_bytes(width, "little") for mask in found[::times]])  # type: ignore[union-attr]
             table = np.frombuffer(rows, np.uint8).reshape(-1, width)  # [n, W]
             if tier is not None:
                 table = table & _TIER_BITS[tier - 1]
@@ -170,7 +172,7 @@ class PrefixIndex:
             held = table[:, columns]  # [n, c]
             unbroken = np.logical_and.accumulate(held != 0, axis=0)
             fastest = (held & -held) * unbroken  # the lowest bit of each
-            counts = (fastest[:, :, None] == _TIER_BITS).sum(axis=0)  # [c, 4]
+            counts = times * (fastest[:, :, None] == _TIER_BITS).sum(axis=0)  # [c, 4]
             return {
                 holder: Overlap(sum(row), {tier: count for tier, count in zip(Tier, row, strict=True) if count})
                 for place, row in zip(columns.tolist(), counts.tolist(), strict=True)
